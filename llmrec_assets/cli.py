@@ -1,0 +1,146 @@
+"""The command line: ``llmrec run``, ``sql``, ``table``, ``sample``, ``init``.
+
+What belongs here: reading arguments, printing. What does not: any work; every command calls one
+function of a floor below. Dagster is imported only by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llmrec_assets.ground.errors import LlmrecError
+
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status. A user's error is one line, not a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except (LlmrecError, _UsageError) as error:
+        print(f"llmrec: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader (`| head`) has left; closing stdout quietly is all there is to do.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+
+
+class _UsageError(Exception):
+    """A command cannot do what was asked, for a reason its user can mend."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmrec", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="materialize a whole `dataset | recipe`")
+    run.add_argument("--dataset", default="sample")
+    run.add_argument("--recipe", default="quickstart")
+    run.add_argument("--force", action="store_true", help="train again what is published")
+    run.add_argument("--seed", type=int, help="override the recipe's seed")
+    run.set_defaults(command=_run)
+
+    sql = commands.add_parser("sql", help="query the current tables, also while a run is going on")
+    sql.add_argument("query")
+    sql.set_defaults(command=_sql)
+
+    table = commands.add_parser("table", help="print the metric table")
+    table.add_argument("--dataset", default="sample")
+    table.add_argument("--recipe", default="quickstart")
+    table.set_defaults(command=_table)
+
+    sample = commands.add_parser("sample", help="generate the synthetic sample")
+    sample.add_argument("--seed", type=int, default=1)
+    sample.add_argument("--out", type=Path, required=True)
+    sample.set_defaults(command=_sample)
+
+    init = commands.add_parser("init", help="create DAGSTER_HOME, safely also for two at once")
+    init.set_defaults(command=lambda options: _initialise_dagster_home() and 0)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    _initialise_dagster_home()
+    from llmrec_assets.runs import run_partition
+
+    run_partition(options.dataset, options.recipe, force=options.force, seed=options.seed)
+    return _table(options)
+
+
+def _sql(options: argparse.Namespace) -> int:
+    import duckdb
+
+    from llmrec_assets.ground.warehouse import connect
+
+    with connect(_store()) as connection:
+        try:
+            result = connection.sql(options.query)
+        except duckdb.CatalogException as error:
+            known = connection.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal")
+            names = ", ".join(sorted(row[0] for row in known.fetchall())) or "none yet"
+            raise _UsageError(f"{str(error).splitlines()[0]}\ntables: {names}") from error
+        except duckdb.Error as error:
+            raise _UsageError(str(error)) from error
+        if result is not None:
+            result.show(max_width=200, max_rows=1000)
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from llmrec_assets.ground.report import readable
+
+    stored = _store().read_table("metric_table", f"{options.dataset}|{options.recipe}")
+    print(f"\n{options.dataset} | {options.recipe}" + _label(options.dataset))
+    print(readable(stored.frame).to_string(index=False))
+    return 0
+
+
+def _label(dataset: str) -> str:
+    return "   (synthetic data: shows that the graph works, nothing about films)" * (
+        dataset == "sample"
+    )
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from llmrec_assets.ground.sample import write_sample
+
+    write_sample(options.out, seed=options.seed)
+    return 0
+
+
+def _store() -> Any:
+    from llmrec_assets.ground.store import Store
+
+    return Store.at(os.environ.get("LLMREC_HOME") or _PROJECT / "data")
+
+
+def _initialise_dagster_home() -> Path:
+    """``DAGSTER_HOME`` with our ``dagster.yaml`` and created databases.
+
+    Two first users of an empty home would race for its schema, so creation is under a lock.
+    """
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(_PROJECT / "data" / "dagster_home")))
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / ".init.lock"):
+        settings = _PROJECT / "dagster.yaml"
+        if settings.is_file():
+            shutil.copyfile(settings, home / "dagster.yaml")
+        if not (home / "history" / "runs.db").exists():
+            import dagster as dg
+
+            with dg.DagsterInstance.get() as instance:
+                instance.get_run_records(limit=1)
+    return home
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The code location, one page. Tests build the same graph with other resources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from llmrec_assets.orchestration import jobs
+from llmrec_assets.orchestration.assets import (
+    evaluation,
+    models,
+    prompts,
+    recommendations,
+    source,
+)
+from llmrec_assets.orchestration.io_manager import DirectoryIOManager, TableIOManager
+from llmrec_assets.orchestration.resources import GpuResource, StoreResource
+
+
+def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """Assembles the code location; ``resource_overrides`` replaces resources by key."""
+    overrides = dict(resource_overrides or {})
+    storage = overrides.pop("storage", StoreResource())
+    return dg.Definitions(
+        assets=dg.load_assets_from_modules(
+            [source, prompts, models, recommendations, evaluation]
+        ),
+        jobs=[jobs.source_data, jobs.prepare_base_model, jobs.recommender],
+        resources={
+            "storage": storage,
+            "gpu": GpuResource(),
+            "table_io": TableIOManager(storage=storage),
+            "directory_io": DirectoryIOManager(storage=storage),
+            **overrides,
+        },
+    )
+
+
+defs = build_defs()

@@ -1,0 +1,1 @@
+"""Ground floor: plain functions over plain data. Imports neither Dagster nor torch."""

@@ -1,0 +1,43 @@
+"""Raw answers to slots: parsing, grounding and the seen sets, put together.
+
+What belongs here: the one call that turns a ``*_responses`` table into ``*_recommendations``, and
+its validity counts. What does not: the parts (``completions``, ``grounding``, ``recommendations``).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from llmrec_assets.ground.completions import parse_response
+from llmrec_assets.ground.grounding import Catalogue, Grounder
+from llmrec_assets.ground.recipes import GroundingRecipe
+from llmrec_assets.ground.recommendations import seen_sets, slots
+
+
+def ground_responses(
+    responses: pd.DataFrame,
+    windows: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    recipe: GroundingRecipe,
+    top_k: int,
+) -> pd.DataFrame:
+    """Rows of ``RECOMMENDATIONS``: exactly ``top_k`` slots for every response."""
+    answered = windows.merge(responses[["user_id", "window_index"]], on=["user_id", "window_index"])
+    seen = seen_sets(answered, ratings, movies[["movie_id", "canonical_movie_id"]])
+    grounder = Grounder(Catalogue(movies), recipe)
+    return slots(responses, parse_response, grounder.ground, seen, top_k)
+
+
+def validity(recommendations: pd.DataFrame) -> dict[str, float | int]:
+    """Shares of slots that are parsable, in the catalogue, duplicates, already seen."""
+    n = len(recommendations)
+    if not n:
+        return {"slots": 0}
+    return {
+        "slots": n,
+        "parsable": float(recommendations["text"].notna().mean()),
+        "in_catalogue": float(recommendations["movie_id"].notna().mean()),
+        "duplicate": float(recommendations["is_duplicate"].mean()),
+        "seen": float(recommendations["is_seen"].mean()),
+    }

@@ -1,0 +1,258 @@
+"""From recommendation lists to the metric table.
+
+What belongs here: metrics per window and the table of means with intervals. What does not: the
+metrics' definitions (``metrics``), the bootstrap (``intervals``), and the lists themselves
+(``recommendations``, ``baselines``). What a scoring step needs of ``recommendations`` can be had
+from here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from llmrec_assets.ground.errors import DataError
+from llmrec_assets.ground.intervals import bootstrap_means
+from llmrec_assets.ground.metrics import ideal_dcg
+from llmrec_assets.ground.recipes import EvaluationRecipe
+from llmrec_assets.ground.recommendations import (
+    LIST_KEY,
+    STAGE_ORDER,
+    WINDOW_KEY,
+    canonical_ids,
+    evaluated_prompts,
+    sample_recommendations,
+    seen_sets,
+    slots,
+    stage_key,
+    typed,
+)
+from llmrec_assets.ground.schemas import METRIC_TABLE, USER_METRICS
+
+__all__ = [
+    "STAGE_ORDER",
+    "evaluated_prompts",
+    "metric_table",
+    "sample_recommendations",
+    "seen_sets",
+    "slots",
+    "user_metrics",
+]
+
+_METRICS = ["ndcg", "precision", "recall"]
+_VERSIONS = ["prompts_version", "recommendations_version"]
+
+
+def user_metrics(
+    recommendations: pd.DataFrame,
+    prompts: pd.DataFrame,
+    movies: pd.DataFrame,
+    protocol: str = "user-split",
+) -> pd.DataFrame:
+    """NDCG@k, Precision@k, Recall@k and slot counts per window and recommender (paper §4.1).
+
+    The same numbers as ``metrics`` gives window by window, computed on whole columns.
+
+    Args:
+        recommendations: ``RECOMMENDATIONS`` of one or several recommenders, with the version of
+            the table they stand in as ``recommendations_version`` (``stages.current_stages``).
+        prompts: ``PROMPTS``, for the ground truth; it may hold more windows.
+        movies: ``MOVIES``; ground truth is made canonical with it.
+        protocol: name of the evaluation protocol.
+
+    Returns:
+        ``USER_METRICS``, ordered by (stage, decoding, information set, user, window).
+
+    Raises:
+        DataError: a window has not exactly the slots 1 to k, a recommender answered other
+            windows than the first, or a window has no prompt.
+    """
+    if recommendations.empty:
+        return typed(pd.DataFrame(columns=USER_METRICS.names), USER_METRICS)
+    truth = _ground_truth(prompts, canonical_ids(movies))
+    slot = recommendations[
+        [*WINDOW_KEY, *LIST_KEY, "rank", "movie_id", "text", "is_duplicate", "is_seen"]
+    ].copy()
+    slot["movie_id"] = slot["movie_id"].astype("Int32")
+    k = int(slot["rank"].max())
+    _require_same_windows(slot, k)
+
+    # absent ids would match each other in a merge; -1 is no movie id of any source
+    slot["movie_id"] = slot["movie_id"].fillna(-1).astype("int64")
+    slot = slot.merge(truth.assign(relevant=True), on=[*WINDOW_KEY, "movie_id"], how="left")
+    hit = slot["relevant"].notna() & ~slot["is_duplicate"] & ~slot["is_seen"]
+    slot["hits"] = hit.astype("int64")
+    slot["dcg"] = np.where(hit, 1 / np.log2(slot["rank"].to_numpy() + 1.0), 0.0)
+    slot["n_parsed"] = slot["text"].notna()
+    slot["n_in_catalogue"] = slot["movie_id"] >= 0
+    slot = slot.rename(columns={"is_duplicate": "n_duplicate", "is_seen": "n_seen"})
+    counts = ["n_parsed", "n_in_catalogue", "n_duplicate", "n_seen"]
+    # summed by rank, so that the order of the rows cannot move the last bit
+    slot = slot.sort_values("rank", kind="stable")
+    table = slot.groupby([*LIST_KEY, *WINDOW_KEY])[["hits", "dcg", *counts]].sum().reset_index()
+
+    sizes = truth.groupby(WINDOW_KEY).size().rename("n_ground_truth").reset_index()
+    table = table.merge(sizes, on=WINDOW_KEY, how="left")
+    lost = table[table["n_ground_truth"].isna()]
+    if len(lost):
+        raise DataError(
+            f"recommendations: user {lost['user_id'].iloc[0]}, window "
+            f"{lost['window_index'].iloc[0]} has no prompt: materialize the recommendations "
+            "again, from these prompts"
+        )
+    ideal = {n: ideal_dcg(k, n) for n in table["n_ground_truth"].unique()}
+    table["ndcg"] = table["dcg"] / table["n_ground_truth"].map(ideal)
+    table["precision"] = table["hits"] / k
+    table["recall"] = table["hits"] / table["n_ground_truth"]
+    table["protocol"] = protocol
+    versions = recommendations[[*LIST_KEY, *WINDOW_KEY, *_VERSIONS]].drop_duplicates()
+    table = table.merge(versions, on=[*LIST_KEY, *WINDOW_KEY], how="left", validate="one_to_one")
+    return typed(table.sort_values([*LIST_KEY, *WINDOW_KEY], ignore_index=True), USER_METRICS)
+
+
+def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> pd.DataFrame:
+    """One row per window and canonical ground truth film."""
+    truth = prompts[[*WINDOW_KEY, "ground_truth_movie_ids"]].explode("ground_truth_movie_ids")
+    truth = truth.rename(columns={"ground_truth_movie_ids": "movie_id"})
+    truth["movie_id"] = [film_of.get(int(i), int(i)) for i in truth["movie_id"].tolist()]
+    truth["movie_id"] = truth["movie_id"].astype("int64")
+    return truth.drop_duplicates().reset_index(drop=True)
+
+
+def _require_same_windows(slot: pd.DataFrame, k: int) -> None:
+    lists = (
+        slot.groupby([*LIST_KEY, *WINDOW_KEY])["rank"].agg(["size", "nunique", "min"]).reset_index()
+    )
+    # k distinct ranks from 1 up to at most k: those are 1 … k
+    bad = lists[(lists["size"] != k) | (lists["nunique"] != k) | (lists["min"] != 1)]
+    if len(bad):
+        row = bad.iloc[0]
+        raise DataError(
+            f"recommendations: {row['stage']}, user {row['user_id']}, window "
+            f"{row['window_index']} has {row['size']} slots, expected ranks 1 to {k} once each: "
+            "materialize these recommendations again"
+        )
+    first: tuple[str, set[tuple[int, int]]] | None = None
+    for name, rows in lists.groupby(LIST_KEY):
+        label = ", ".join(map(str, name))
+        keys = set(zip(rows["user_id"].tolist(), rows["window_index"].tolist(), strict=True))
+        if first is None:
+            first = (label, keys)
+        elif keys != first[1]:
+            raise DataError(
+                f"recommendations: ({label}) and ({first[0]}) answered different windows "
+                f"({len(keys - first[1])} and {len(first[1] - keys)} only there): materialize "
+                "both again, from the same prompts"
+            )
+
+
+def metric_table(
+    user_metrics: pd.DataFrame,
+    recipe: EvaluationRecipe,
+    seed: int,
+    top_k: int,
+    versus: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
+    """Means over test users with intervals, one row per recommender.
+
+    A user's windows are averaged first, then users, so a user with many windows weighs no more
+    than another. All rows of a protocol share the bootstrap's draws of users.
+
+    Args:
+        user_metrics: ``USER_METRICS``.
+        recipe: resamples and confidence of the intervals.
+        seed: seed of the resamples.
+        top_k: slots per window.
+        versus: the stage each stage is compared to, within one protocol, decoding and
+            information set; where that row does not exist the difference is NULL. Default:
+            ``sft`` to ``base``.
+
+    Returns:
+        ``METRIC_TABLE``: ``base``, ``sft``, ``dpo``, ``rlhf``, then others by name.
+
+    Raises:
+        DataError: stages answered different prompts or other users.
+    """
+    versus = {"sft": "base"} if versus is None else versus
+    _require_one_prompts_version(user_metrics)
+    rows: list[dict[str, object]] = []
+    for protocol, metrics in user_metrics.groupby("protocol", sort=True):
+        rows += _protocol_rows(str(protocol), metrics, recipe, seed, versus)
+    table = pd.DataFrame(rows, columns=[n for n in METRIC_TABLE.names if n != "k"])
+    table["k"] = top_k
+    for name in ("parsable", "in_catalogue", "duplicate", "seen"):
+        table[name] = table[name].astype("float64") / top_k
+    return typed(table, METRIC_TABLE)
+
+
+def _protocol_rows(
+    protocol: str,
+    metrics: pd.DataFrame,
+    recipe: EvaluationRecipe,
+    seed: int,
+    versus: Mapping[str, str],
+) -> list[dict[str, object]]:
+    lists = {tuple(map(str, name)): rows for name, rows in metrics.groupby(LIST_KEY)}
+    names = sorted(lists, key=lambda name: (*stage_key(name[0]), *name[1:]))
+    by_user = {name: lists[name].groupby("user_id")[_METRICS].mean() for name in names}
+    users = by_user[names[0]].index
+    for name in names:
+        if not by_user[name].index.equals(users):
+            raise DataError(
+                f"user_metrics: {name[0]} and {names[0][0]} were scored on different users: "
+                "materialize their recommendations again, from the same prompts"
+            )
+    partner = {name: (versus[name[0]], *name[1:]) for name in names if name[0] in versus}
+    paired = [name for name in names if partner.get(name) in by_user]
+    columns = [by_user[name].to_numpy() for name in names]
+    columns += [
+        (by_user[name]["ndcg"] - by_user[partner[name]]["ndcg"]).to_numpy()[:, None]
+        for name in paired
+    ]
+    n_means = len(names) * len(_METRICS)
+    signed = np.arange(n_means + len(paired)) >= n_means
+    estimates = np.stack(
+        bootstrap_means(np.hstack(columns), recipe.resamples, seed, recipe.confidence, signed)
+    ).T.tolist()
+
+    rows = []
+    for position, name in enumerate(names):
+        mine = lists[name]
+        row: dict[str, object] = {
+            "protocol": protocol,
+            **dict(zip(LIST_KEY, name, strict=True)),
+            "n_users": len(users),
+            "n_windows": len(mine),
+            "hits": int(mine["hits"].sum()),
+            # per window here, per slot once divided by k
+            "parsable": mine["n_parsed"].mean(),
+            "in_catalogue": mine["n_in_catalogue"].mean(),
+            "duplicate": mine["n_duplicate"].mean(),
+            "seen": mine["n_seen"].mean(),
+            "versus": partner[name][0] if name in paired else None,
+            **{column: mine[column].iloc[0] for column in _VERSIONS},
+        }
+        for offset, metric in enumerate(_METRICS):
+            row |= _interval(metric, estimates[position * len(_METRICS) + offset])
+        if name in paired:
+            row |= _interval("ndcg_difference", estimates[n_means + paired.index(name)])
+        rows.append(row)
+    return rows
+
+
+def _interval(name: str, estimate: Sequence[float]) -> dict[str, object]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
+
+
+def _require_one_prompts_version(user_metrics: pd.DataFrame) -> None:
+    answered = user_metrics[["stage", "prompts_version"]].drop_duplicates()
+    if answered["prompts_version"].nunique() > 1:
+        told = ", ".join(
+            f"{stage} {version}" for stage, version in sorted(answered.itertuples(index=False))
+        )
+        raise DataError(
+            f"metric_table: stages answered different versions of the prompts ({told}): "
+            "materialize the older responses again"
+        )

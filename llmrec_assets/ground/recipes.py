@@ -1,0 +1,208 @@
+"""Recipes: every hyperparameter stands once, in a committed YAML file under ``recipes/``.
+
+What belongs here: the frozen, validated types a recipe is read into. What does not: data-set
+choice (the other partition) and run config (``force`` and a seed override, nothing else).
+Paper values are in ``recipes/paper.yaml``.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmrec_assets.ground.errors import RecipeError
+
+RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error, so a typo in a recipe cannot pass silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SplitRecipe(Section):
+    """User split by a seeded stable hash."""
+
+    train: Share = 0.70
+    validation: Share = 0.15
+    test: Share = 0.15
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> SplitRecipe:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train + validation + test = {total}, expected 1")
+        return self
+
+
+class WindowsPerUser(Section):
+    """How many valid cut-offs are drawn per user of each split (paper: 1)."""
+
+    train: Count = 1
+    validation: Count = 1
+    test: Count = 1
+
+
+class WindowRecipe(Section):
+    """Interaction windows (paper §3.2)."""
+
+    window_size: Count = 10
+    balance: Literal["either", "both"] = "either"
+    min_per_class: Annotated[int, Field(ge=0)] = 5
+    min_ground_truth: Count = 1
+    top_k: Count = 5
+    liked_min: Annotated[int, Field(ge=2, le=5)] = 3
+    windows_per_user: WindowsPerUser = WindowsPerUser()
+
+    @model_validator(mode="after")
+    def _ground_truth_fits(self) -> WindowRecipe:
+        if self.min_ground_truth > self.top_k:
+            raise ValueError(
+                f"min_ground_truth {self.min_ground_truth} is larger than top_k {self.top_k}"
+            )
+        return self
+
+
+class PromptRecipe(Section):
+    """Which template asks (paper Figure 2)."""
+
+    template: Literal["figure2", "compact"] = "figure2"
+    max_per_class: Count = 5
+
+
+class BaseModelRecipe(Section):
+    """Where the base model comes from; converted once to safetensors.
+
+    ``source``: ``hub`` (``name`` is a hub id), ``directory`` (``name`` is a path), ``gguf``
+    (``name`` is a path, or ``package:FILE`` for a GGUF file inside an installed package) or
+    ``tiny`` (a seeded random Llama with a tokenizer trained on the catalogue, for tests).
+    """
+
+    source: Literal["hub", "directory", "gguf", "tiny"]
+    name: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    label: str
+    seed: int = 0
+
+
+class LoraRecipe(Section):
+    """LoRA adapter (Hu et al., 2021)."""
+
+    r: Count
+    alpha: Count
+    dropout: Share = 0.0
+    target_modules: str = "all-linear"
+
+
+class SftRecipe(Section):
+    """Supervised fine-tuning (paper §4)."""
+
+    lora: LoraRecipe
+    learning_rate: Annotated[float, Field(gt=0)]
+    batch_size: Count
+    micro_batch_size: Count
+    epochs: Annotated[float, Field(gt=0)]
+    max_length: Count = 1024
+    warmup_ratio: Share = 0.0
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_examples: Count | None = None
+    save_steps: Count = 50
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> SftRecipe:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class GenerationRecipe(Section):
+    """How responses to the test prompts are generated; always passed in full to ``generate``."""
+
+    max_new_tokens: Count = 128
+    batch_size: Count = 16
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class GroundingRecipe(Section):
+    """``ladder`` refuses below ``threshold`` (0 to 100); ``paper`` is plain WRatio, never refuses."""
+
+    method: Literal["ladder", "paper"] = "ladder"
+    threshold: Annotated[float, Field(ge=0, le=100)] = 90.0
+
+
+class EvaluationRecipe(Section):
+    """Intervals of the metric table."""
+
+    resamples: Count = 10_000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    max_test_users: Count | None = None
+
+
+class Recipe(Section):
+    """One recipe file, validated. Frozen: a recipe is a value."""
+
+    name: str
+    description: str
+    seed: int = 0
+    expected_peak_memory_gb: Annotated[float, Field(gt=0)]
+    splits: SplitRecipe = SplitRecipe()
+    windows: WindowRecipe = WindowRecipe()
+    prompts: PromptRecipe = PromptRecipe()
+    base_model: BaseModelRecipe
+    sft: SftRecipe
+    generation: GenerationRecipe = GenerationRecipe()
+    grounding: GroundingRecipe = GroundingRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+
+def recipe_names(directory: Path = RECIPES_DIR) -> list[str]:
+    """Names of the recipe files, sorted; these are the keys of the ``recipe`` partition."""
+    return sorted(path.stem for path in directory.glob("*.yaml"))
+
+
+@cache
+def load_recipe(name: str, directory: Path = RECIPES_DIR) -> Recipe:
+    """Reads and validates ``<directory>/<name>.yaml``.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML mapping, or a value is out of its range;
+            the message names the file and every offending key.
+    """
+    path = directory / f"{name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not path.is_file():
+        raise RecipeError(
+            f"no recipe named {name!r}: known recipes are {', '.join(recipe_names(directory))}"
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path.name} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path.name}: expected a mapping of sections at the top")
+    if raw.setdefault("name", name) != name:
+        raise RecipeError(f"{path.name}: name is {raw['name']!r}, expected {name!r} (the file's)")
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(f"{path.name} has unusable values:\n" + "\n".join(lines)) from error

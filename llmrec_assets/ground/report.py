@@ -1,0 +1,54 @@
+"""Tables for people: what the terminal and the UI show of the metric table.
+
+What belongs here: choosing and formatting columns. What does not: computing them (``evaluation``).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+
+def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
+    """The metric table as text, in per cent with intervals.
+
+    Args:
+        metric_table: ``METRIC_TABLE``.
+
+    Returns:
+        One row per stage: list, users, hits, NDCG / Precision / Recall with their intervals,
+        the paired NDCG difference, validity.
+    """
+    rows = []
+    for row in metric_table.to_dict("records"):
+        difference = ""
+        if row["versus"] is not None and not pd.isna(row["versus"]):
+            difference = f"{_signed(row, 'ndcg_difference')} vs {row['versus']}"
+        k = row["k"]
+        rows.append(
+            {
+                "stage": row["stage"],
+                "decoding": row["decoding"],
+                "sees": row["information_set"],
+                "users": row["n_users"],
+                "hits": f"{row['hits']}/{row['n_windows'] * k}",
+                f"NDCG@{k} %": _percent(row, "ndcg"),
+                f"Precision@{k} %": _percent(row, "precision"),
+                f"Recall@{k} %": _percent(row, "recall"),
+                "NDCG difference": difference,
+                "parsable %": f"{100 * row['parsable']:.0f}",
+                "in catalogue %": f"{100 * row['in_catalogue']:.0f}",
+                "duplicate %": f"{100 * row['duplicate']:.0f}",
+                "seen %": f"{100 * row['seen']:.0f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _percent(row: dict, name: str) -> str:
+    low, high = 100 * row[f"{name}_low"], 100 * row[f"{name}_high"]
+    return f"{100 * row[name]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _signed(row: dict, name: str) -> str:
+    low, high = 100 * row[f"{name}_low"], 100 * row[f"{name}_high"]
+    return f"{100 * row[name]:+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -1,0 +1,196 @@
+"""The declared schema of every table asset: columns by name, never by position.
+
+What belongs here: column names, types and one-line meanings. What does not: how a table is
+computed (its own module) or stored (``store``). ``dataset`` and ``recipe`` are no columns of the
+stored tables: they are the partition, and the warehouse's views add them.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+_IDS = pa.list_(pa.int32())
+
+
+def _schema(*columns: tuple[str, pa.DataType, bool, str]) -> pa.Schema:
+    """Builds a schema from (name, type, nullable, meaning)."""
+    return pa.schema(
+        [
+            pa.field(name, type_, nullable=nullable, metadata={"description": meaning})
+            for name, type_, nullable, meaning in columns
+        ]
+    )
+
+
+RATINGS = _schema(
+    ("user_id", pa.int32(), False, "user id of the source"),
+    ("movie_id", pa.int32(), False, "movie id of the source"),
+    ("rating", pa.int8(), False, "1 to 5 stars"),
+    ("timestamp", pa.int64(), False, "when it was rated, Unix seconds UTC"),
+)
+
+MOVIES = _schema(
+    ("movie_id", pa.int32(), False, "movie id of the source"),
+    ("title", pa.string(), False, "title as in the source, with its year"),
+    ("year", pa.int16(), True, "year in the title's last parentheses"),
+    ("release_date", pa.date32(), True, "release date where the source has one"),
+    ("genres", pa.list_(pa.string()), False, "genres in the source's order"),
+    (
+        "canonical_movie_id",
+        pa.int32(),
+        False,
+        "smallest id that carries this title: titles under two ids count as one film",
+    ),
+)
+
+USERS = _schema(
+    ("user_id", pa.int32(), False, "user id of the source"),
+    ("age", pa.int16(), True, "age in years (ML-100K format)"),
+    ("age_band", pa.string(), True, "age band, e.g. '25-34' (ML-1M format)"),
+    ("gender", pa.string(), False, "'M' or 'F', as in the source"),
+    ("occupation", pa.string(), False, "occupation, decoded"),
+    ("zip_code", pa.string(), False, "ZIP code as written; some hold letters"),
+    ("city", pa.string(), True, "city of the ZIP code; NULL when unknown or foreign"),
+    ("state", pa.string(), True, "two-letter state of the ZIP code; NULL likewise"),
+)
+
+USER_SPLITS = _schema(
+    ("user_id", pa.int32(), False, "user"),
+    ("split", pa.string(), False, "'train', 'validation' or 'test'"),
+)
+
+_WINDOW_KEY = (
+    ("user_id", pa.int32(), False, "user"),
+    ("window_index", pa.int16(), False, "0, 1, … within the user, by cut-off time"),
+)
+
+INTERACTION_WINDOWS = _schema(
+    *_WINDOW_KEY,
+    ("split", pa.string(), False, "the user's split"),
+    ("cutoff_timestamp", pa.int64(), False, "time of the last context interaction, Unix seconds"),
+    ("n_history", pa.int32(), False, "interactions at or before the cut-off (the seen set)"),
+    ("n_valid_cutoffs", pa.int32(), False, "valid cut-offs of this user"),
+    ("context_movie_ids", _IDS, False, "last window_size films up to the cut-off, oldest first"),
+    ("context_ratings", pa.list_(pa.int8()), False, "their ratings, same order"),
+    ("ground_truth_movie_ids", _IDS, False, "next top_k liked films after the cut-off, in order"),
+)
+
+PROMPTS = _schema(
+    *_WINDOW_KEY,
+    ("split", pa.string(), False, "the user's split"),
+    ("template", pa.string(), False, "prompt template"),
+    ("cutoff_timestamp", pa.int64(), False, "the window's cut-off, Unix seconds"),
+    ("prompt", pa.string(), False, "user message given to the model"),
+    ("completion", pa.string(), False, "the answer SFT trains: the ground truth, rendered"),
+    ("context_movie_ids", _IDS, False, "films of the window's context, oldest first"),
+    ("ground_truth_movie_ids", _IDS, False, "next top_k liked films after the cut-off, in order"),
+)
+
+RESPONSES = _schema(
+    *_WINDOW_KEY,
+    ("stage", pa.string(), False, "model stage that answered: 'base', 'sft', …"),
+    ("decoding", pa.string(), False, "'free': unconstrained text"),
+    ("response", pa.string(), False, "raw text, as generated"),
+    ("n_prompt_tokens", pa.int32(), False, "tokens of the rendered prompt"),
+    ("n_response_tokens", pa.int32(), False, "tokens generated, end of text not counted"),
+    ("finished", pa.bool_(), False, "ended by itself rather than by max_new_tokens"),
+    ("checkpoint_version", pa.string(), False, "version of the checkpoint that answered"),
+    ("prompts_version", pa.string(), False, "version of the prompts it answered"),
+)
+
+RECOMMENDATIONS = _schema(
+    *_WINDOW_KEY,
+    ("stage", pa.string(), False, "model stage or classical recommender"),
+    ("decoding", pa.string(), False, "'free', or 'ranking' for classical recommenders"),
+    ("information_set", pa.string(), False, "what the recommender saw: 'prompt' or 'history'"),
+    ("rank", pa.int16(), False, "slot 1 … top_k; every window has exactly top_k slots"),
+    ("text", pa.string(), True, "the item as parsed from the response; NULL: nothing there"),
+    ("movie_id", pa.int32(), True, "canonical movie id; NULL when refused or nothing there"),
+    (
+        "grounding",
+        pa.string(),
+        False,
+        "'exact', 'normalised', 'similar', 'refused', 'missing' (empty slot) or 'id' (classical)",
+    ),
+    ("similarity", pa.float32(), True, "0 to 100, the similarity the match was accepted at"),
+    ("is_duplicate", pa.bool_(), False, "the film already stands at a better rank"),
+    ("is_seen", pa.bool_(), False, "the user had rated the film by the cut-off"),
+    ("prompts_version", pa.string(), False, "version of the prompts answered"),
+)
+
+USER_METRICS = _schema(
+    *_WINDOW_KEY,
+    ("protocol", pa.string(), False, "evaluation protocol: 'user-split'"),
+    ("stage", pa.string(), False, "model stage or classical recommender"),
+    ("decoding", pa.string(), False, "how the list was made"),
+    ("information_set", pa.string(), False, "what the recommender saw"),
+    ("ndcg", pa.float64(), False, "NDCG@k in [0, 1]"),
+    ("precision", pa.float64(), False, "Precision@k in [0, 1]"),
+    ("recall", pa.float64(), False, "Recall@k in [0, 1]"),
+    ("hits", pa.int16(), False, "slots that hit the ground truth"),
+    ("n_ground_truth", pa.int16(), False, "films in the ground truth"),
+    ("n_parsed", pa.int16(), False, "slots with a parsed item"),
+    ("n_in_catalogue", pa.int16(), False, "slots grounded to a film"),
+    ("n_duplicate", pa.int16(), False, "slots that repeat a film"),
+    ("n_seen", pa.int16(), False, "slots with a film already seen"),
+    ("prompts_version", pa.string(), False, "version of the prompts answered"),
+    ("recommendations_version", pa.string(), False, "version of the recommendations scored"),
+)
+
+
+def _interval(name: str, meaning: str, *, nullable: bool = False) -> list[tuple]:
+    return [
+        (name, pa.float64(), nullable, meaning),
+        (f"{name}_low", pa.float64(), nullable, f"{meaning}: lower end of the interval"),
+        (f"{name}_high", pa.float64(), nullable, f"{meaning}: upper end of the interval"),
+    ]
+
+
+METRIC_TABLE = _schema(
+    ("protocol", pa.string(), False, "evaluation protocol"),
+    ("stage", pa.string(), False, "model stage or classical recommender"),
+    ("decoding", pa.string(), False, "how the list was made"),
+    ("information_set", pa.string(), False, "what the recommender saw"),
+    ("k", pa.int16(), False, "list length"),
+    ("n_users", pa.int32(), False, "test users"),
+    ("n_windows", pa.int32(), False, "test windows"),
+    ("hits", pa.int32(), False, "slots that hit, summed over windows"),
+    *_interval("ndcg", "mean NDCG@k"),
+    *_interval("precision", "mean Precision@k"),
+    *_interval("recall", "mean Recall@k"),
+    ("versus", pa.string(), True, "stage of the paired difference; NULL: none"),
+    *_interval("ndcg_difference", "mean paired NDCG@k difference to `versus`", nullable=True),
+    ("parsable", pa.float64(), False, "share of slots with a parsed item"),
+    ("in_catalogue", pa.float64(), False, "share of slots grounded to a film"),
+    ("duplicate", pa.float64(), False, "share of slots that repeat a film"),
+    ("seen", pa.float64(), False, "share of slots with a film already seen"),
+    ("prompts_version", pa.string(), False, "version of the prompts all rows answered"),
+    ("recommendations_version", pa.string(), False, "version of the recommendations scored"),
+)
+
+SAMPLE_RECOMMENDATIONS = _schema(
+    *_WINDOW_KEY,
+    ("row", pa.string(), False, "'liked', 'disliked', 'ground truth' or a stage"),
+    ("rank", pa.int16(), False, "position, 1 first"),
+    ("text", pa.string(), True, "title, or the item as the model wrote it"),
+    ("title", pa.string(), True, "title it was grounded to"),
+    ("is_hit", pa.bool_(), False, "it is in the ground truth and counts"),
+)
+
+#: Schema by asset name. ``*_responses`` and ``*_recommendations`` share one schema each.
+SCHEMAS: dict[str, pa.Schema] = {
+    "ratings": RATINGS,
+    "movies": MOVIES,
+    "users": USERS,
+    "user_splits": USER_SPLITS,
+    "interaction_windows": INTERACTION_WINDOWS,
+    "prompts": PROMPTS,
+    "base_responses": RESPONSES,
+    "sft_responses": RESPONSES,
+    "base_recommendations": RECOMMENDATIONS,
+    "sft_recommendations": RECOMMENDATIONS,
+    "baseline_recommendations": RECOMMENDATIONS,
+    "user_metrics": USER_METRICS,
+    "metric_table": METRIC_TABLE,
+    "sample_recommendations": SAMPLE_RECOMMENDATIONS,
+}

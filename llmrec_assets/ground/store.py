@@ -1,0 +1,358 @@
+"""The versioned store: what an asset produces is published under a version, never overwritten.
+
+    tables/<asset>/<partition>/<version>.parquet
+    checkpoints/<asset>/<partition>/<version>/      files + manifest.json
+    …/current.json                                  the version in force
+
+What belongs here: publishing by rename, the ``current`` pointer, manifests and their verification,
+retention. What does not: what a version means (``tables.content_version``,
+``checkpoint_version``), SQL views (``warehouse``), Dagster (``orchestration.io_manager``).
+
+A crash at any moment leaves either the old or the new: data is written under a temporary name,
+renamed, and only then does ``current.json`` change, by rename too. On object storage (any
+``UPath``) a put is atomic by itself. Checkpoints need a local directory: trainers read paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from upath import UPath
+
+from llmrec_assets.ground.errors import StoreError
+from llmrec_assets.ground.schemas import SCHEMAS
+from llmrec_assets.ground.tables import conform, content_version, to_frame
+
+MANIFEST = "manifest.json"
+_CURRENT = "current.json"
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A table and the version it was read at. ``frame`` is not to be changed in place."""
+
+    frame: pd.DataFrame
+    version: str
+
+
+def partition_path(partition: str) -> str:
+    """``sample|quickstart`` → ``sample/quickstart``: one directory per partition dimension."""
+    return "/".join(partition.split("|"))
+
+
+def checkpoint_version(asset: str, determinants: Mapping[str, Any]) -> str:
+    """16 hex digits over what determines a checkpoint: upstream versions, recipe section, code
+    version, seed. Weights trained on a GPU are not bit-reproducible, so content cannot serve."""
+    text = json.dumps({"asset": asset, **determinants}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Everything published under one root (``LLMREC_HOME``)."""
+
+    root: UPath
+    keep_versions: int = 5
+
+    @classmethod
+    def at(cls, location: str | Path | UPath, keep_versions: int = 5) -> Store:
+        path = UPath(location)
+        if _is_local(path):
+            path = UPath(Path(str(path)).expanduser().resolve())
+        return cls(path, keep_versions)
+
+    # -- tables ---------------------------------------------------------------------------
+
+    def publish_table(self, asset: str, partition: str, frame: pd.DataFrame | pa.Table) -> str:
+        """Publishes a table under the hash of its content and makes it current.
+
+        Raises:
+            StoreError: the frame does not match the asset's declared schema.
+        """
+        table = frame if isinstance(frame, pa.Table) else conform(frame, SCHEMAS[asset], asset)
+        version = content_version(table)
+        directory = self._directory("tables", asset, partition)
+        target = directory / f"{version}.parquet"
+        if not target.exists():
+            buffer = io.BytesIO()
+            pq.write_table(table, buffer, compression="zstd")
+            _write_atomically(target, buffer.getvalue())
+        self._point(directory, version)
+        self._retire(directory)
+        return version
+
+    def read_table(self, asset: str, partition: str, version: str | None = None) -> StoredTable:
+        """Reads a table, the current one unless a version is named.
+
+        Raises:
+            StoreError: it was never materialized, or that version is no longer kept.
+        """
+        version = version or self.current(asset, partition, kind="tables")
+        if version is None:
+            raise StoreError(
+                f"{asset} has not been materialized for {partition}: materialize it first "
+                f"(`make run`, or {asset} in the UI)"
+            )
+        path = self.table_path(asset, partition, version)
+        if not path.exists():
+            raise StoreError(f"{asset} for {partition}: version {version} is not kept any more")
+        return StoredTable(to_frame(pq.read_table(io.BytesIO(path.read_bytes()))), version)
+
+    def table_path(self, asset: str, partition: str, version: str) -> UPath:
+        return self._directory("tables", asset, partition) / f"{version}.parquet"
+
+    # -- checkpoints ----------------------------------------------------------------------
+
+    def work_directory(self, asset: str, partition: str, version: str) -> Path:
+        """Where a step builds what it will publish as ``version``; survives a kill."""
+        path = Path(str(self.root)) / "work" / asset / partition_path(partition) / version
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def remove_work(self, path: Path) -> None:
+        """Removes what a finished build left in its work directory."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def publish_checkpoint(
+        self,
+        asset: str,
+        partition: str,
+        version: str,
+        files: Path,
+        *,
+        determinants: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> Path:
+        """Moves the files of ``files`` under ``version``, with a manifest, and makes it current.
+
+        An intact version that is already published is kept and ``files`` becomes a further
+        attempt, ``<version>-2``, ``<version>-3``, …
+
+        Args:
+            files: a directory inside ``work_directory``, on the same file system.
+            determinants: what the version is the hash of.
+            facts: what the run found out (losses, durations, library versions).
+        """
+        directory = self._local("checkpoints", asset, partition)
+        directory.mkdir(parents=True, exist_ok=True)
+        attempt, target = version, directory / version
+        while target.exists():
+            number = int(attempt.rpartition("-")[2]) + 1 if "-" in attempt else 2
+            attempt = f"{version}-{number}"
+            target = directory / attempt
+        manifest = {
+            "asset": asset,
+            "partition": partition,
+            "version": attempt,
+            "determinants": dict(determinants),
+            "facts": dict(facts),
+            "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": {
+                str(path.relative_to(files)): {
+                    "sha256": sha256_file(path),
+                    "bytes": path.stat().st_size,
+                }
+                for path in sorted(files.rglob("*"))
+                if path.is_file() and path.name != MANIFEST
+            },
+        }
+        _write_atomically(UPath(files / MANIFEST), _json_bytes(manifest))
+        for path in files.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        os.replace(files, target)
+        _sync(directory)
+        self._point(UPath(directory), attempt)
+        self._retire(UPath(directory))
+        return target
+
+    def checkpoint(self, asset: str, partition: str, version: str | None = None) -> Path:
+        """The directory of a checkpoint, the current one unless a version is named, verified.
+
+        Raises:
+            StoreError: never materialized, or a file is missing or changed (named).
+        """
+        version = version or self.current(asset, partition, kind="checkpoints")
+        if version is None:
+            raise StoreError(f"{asset} has not been materialized for {partition}: do that first")
+        path = self._local("checkpoints", asset, partition) / version
+        verify_checkpoint(path)
+        return path
+
+    def find_intact(self, asset: str, partition: str, version: str) -> Path | None:
+        """The newest intact attempt published for ``version``, or None."""
+        directory = self._local("checkpoints", asset, partition)
+        attempts = [p for p in directory.glob(f"{version}*") if p.name.split("-")[0] == version]
+        for path in sorted(attempts, key=_attempt_number, reverse=True):
+            with contextlib.suppress(StoreError):
+                verify_checkpoint(path)
+                return path
+        return None
+
+    def adopt(self, asset: str, partition: str, version: str) -> None:
+        """Makes an already published checkpoint the current one."""
+        self._point(UPath(self._local("checkpoints", asset, partition)), version)
+
+    # -- both -----------------------------------------------------------------------------
+
+    def current(self, asset: str, partition: str, kind: str) -> str | None:
+        """The version in force, or None when the asset was never materialized there."""
+        path = self._directory(kind, asset, partition) / _CURRENT
+        if not path.exists():
+            return None
+        version = json.loads(path.read_text())["version"]
+        return str(version)
+
+    def current_tables(self) -> Iterator[tuple[str, str, UPath]]:
+        """(asset, partition, file) of every current table, sorted."""
+        tables = self.root / "tables"
+        if not tables.exists():
+            return
+        for pointer in sorted(tables.glob(f"**/{_CURRENT}"), key=str):
+            *_, asset_and_partition = str(pointer.parent).split("/tables/")
+            asset, *keys = asset_and_partition.split("/")
+            version = json.loads(pointer.read_text())["version"]
+            file = pointer.parent / f"{version}.parquet"
+            if file.exists():
+                yield asset, "|".join(keys), file
+
+    def _directory(self, kind: str, asset: str, partition: str) -> UPath:
+        return self.root / kind / asset / partition_path(partition)
+
+    def _local(self, kind: str, asset: str, partition: str) -> Path:
+        if not _is_local(self.root):
+            raise StoreError("checkpoints need LLMREC_HOME to be a local directory")
+        return Path(str(self._directory(kind, asset, partition)))
+
+    def _point(self, directory: UPath, version: str) -> None:
+        _write_atomically(directory / _CURRENT, _json_bytes({"version": version}))
+
+    def _retire(self, directory: UPath) -> None:
+        """Removes all but the newest ``keep_versions``; never the current one."""
+        current = json.loads((directory / _CURRENT).read_text())["version"]
+        versions = [
+            path
+            for path in directory.iterdir()
+            if not path.name.startswith(".") and path.name != _CURRENT
+        ]
+        if not _is_local(directory):
+            return  # object stores have life-cycle rules for this
+        versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in versions[self.keep_versions :]:
+            if path.name.removesuffix(".parquet") == current:
+                continue
+            if path.is_dir():
+                shutil.rmtree(str(path), ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a published checkpoint.
+
+    Raises:
+        StoreError: there is none, or it is no JSON object.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{directory.name}: {MANIFEST} is missing, so this is no published checkpoint; "
+            "materialize the asset again with force"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{directory.name}: {MANIFEST} is damaged; materialize it again") from error
+    if not isinstance(manifest, dict):
+        raise StoreError(f"{directory.name}: {MANIFEST} is damaged; materialize it again")
+    return manifest
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        StoreError: a file is missing or differs; it is named.
+    """
+    for name, fact in read_manifest(directory)["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise StoreError(
+                f"{directory.name}/{name} is missing: materialize the asset again with force"
+            )
+        if path.stat().st_size != fact["bytes"] or sha256_file(path) != fact["sha256"]:
+            raise StoreError(
+                f"{directory.name}/{name} does not match its manifest (damaged or changed): "
+                "materialize the asset again with force"
+            )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def store_lock(root: UPath, name: str) -> Iterator[None]:
+    """One process at a time does ``name`` in this store; a dead holder's lock is free."""
+    if not _is_local(root):
+        yield
+        return
+    directory = Path(str(root))
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / f".{name}.lock"):
+        yield
+
+
+def _attempt_number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2]) if "-" in path.name else 1
+
+
+def _is_local(path: UPath) -> bool:
+    return path.protocol in ("", "file")
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _write_atomically(path: UPath, data: bytes) -> None:
+    if not _is_local(path):
+        path.write_bytes(data)
+        return
+    target = Path(str(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

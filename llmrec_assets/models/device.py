@@ -1,0 +1,75 @@
+"""Which device a model runs on, and what it used there.
+
+What belongs here: choosing cuda / mps / cpu, the dtype it can use, peak memory, leaving the
+device empty. What does not: who may use the device when (``orchestration.resources``).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DeviceType = Literal["cuda", "mps", "cpu"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to run on. ``key`` names the physical device: two processes that see the same
+    card get the same key."""
+
+    type: DeviceType
+    name: str
+    key: str
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device(self.type)
+
+
+def pick_device() -> Device:
+    """The best device at hand: cuda, then mps, then cpu. ``LLMREC_DEVICE`` overrides.
+
+    Raises:
+        ValueError: ``LLMREC_DEVICE`` names no known device.
+    """
+    wanted = os.environ.get("LLMREC_DEVICE", "")
+    if wanted not in ("", "cuda", "mps", "cpu"):
+        raise ValueError(f"LLMREC_DEVICE is {wanted!r}, expected cuda, mps or cpu")
+    if wanted in ("", "cuda") and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device("cuda", properties.name, f"cuda-{properties.uuid}")
+    if wanted in ("", "mps") and torch.backends.mps.is_available():
+        return Device("mps", "Apple GPU", "mps")
+    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", "cpu")
+
+
+def usable_dtype(device: Device, wanted: str) -> torch.dtype:
+    """The wanted dtype where the device computes in it, else float32."""
+    if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def peak_memory_gb(device: Device) -> float:
+    """Peak memory so far in GB: of the card on cuda, of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def empty_device(device: Device) -> None:
+    """Frees what the last model left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

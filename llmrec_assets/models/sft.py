@@ -1,0 +1,270 @@
+"""Supervised fine-tuning with LoRA on the ground truth of the training windows (paper §3.3, §4).
+
+What belongs here: one linear function from prompts to an adapter directory. What does not: the
+base model's origin (``base``), rendering (``chat``), publishing and the device's queue
+(``orchestration``).
+
+Killed at any moment, the next call with the same ``work_dir`` resumes from the last complete
+trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from llmrec_assets.ground.errors import DataError, RecipeError
+from llmrec_assets.ground.recipes import SftRecipe
+from llmrec_assets.models.chat import completion_ids, prompt_ids
+from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
+from llmrec_assets.models.progress import Progress, ProgressEvent, silent
+
+#: Written into a trainer checkpoint once it is whole: a kill while saving leaves one without it.
+_COMPLETE = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What a training left behind. ``losses`` are (step, loss); ``resumed_at`` is 0 for a run that
+    started afresh."""
+
+    adapter_dir: Path
+    losses: list[tuple[int, float]]
+    n_examples: int
+    n_steps: int
+    resumed_at: int
+    seconds: float
+    tokens_per_second: float
+    longest_example: int
+    peak_memory_gb: float
+    trainable_parameters: int
+
+
+def tokenize_examples(
+    tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int
+) -> list[dict[str, list[int]]]:
+    """Token ids and labels per example; labels of the prompt are -100 (completion-only loss).
+
+    Raises:
+        RecipeError: an example is longer than ``max_length`` tokens. Cutting it would train a
+            completion without its end, so nothing is cut.
+    """
+    examples = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        asked = prompt_ids(tokenizer, prompt)
+        answer = completion_ids(tokenizer, prompt, completion)
+        examples.append({"input_ids": asked + answer, "labels": [-100] * len(asked) + answer})
+    longest = max((len(e["input_ids"]) for e in examples), default=0)
+    if longest > max_length:
+        raise RecipeError(
+            f"sft.max_length is {max_length}, but the longest example has {longest} tokens: "
+            f"set it to at least {longest}, or use a shorter prompt template"
+        )
+    return examples
+
+
+class _ReportProgress(TrainerCallback):
+    """Turns trainer logs into progress events and marks complete checkpoints."""
+
+    def __init__(self, progress: Progress, batch_size: int) -> None:
+        self._progress = progress
+        self._batch_size = batch_size
+        self._started = time.monotonic()
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.monotonic()
+        self._first_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        per_second = (state.global_step - self._first_step) / seconds
+        self._progress(
+            ProgressEvent(
+                what="SFT",
+                step=state.global_step,
+                total=state.max_steps,
+                examples_per_second=per_second * self._batch_size,
+                seconds_left=(state.max_steps - state.global_step) / max(per_second, 1e-9),
+                loss=float(logs["loss"]),
+            )
+        )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+def last_complete_checkpoint(work_dir: Path) -> Path | None:
+    """The newest whole trainer checkpoint; ones that a kill left incomplete are removed."""
+    whole = []
+    for path in work_dir.glob("checkpoint-*"):
+        if (path / _COMPLETE).exists():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def train_sft(
+    base_dir: Path,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    recipe: SftRecipe,
+    *,
+    seed: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress = silent,
+) -> SftResult:
+    """Trains a LoRA adapter on prompt → completion; returns the adapter's directory and numbers.
+
+    Args:
+        base_dir: a base model as ``base.prepare_base_model`` writes it.
+        prompts: user messages, [n].
+        completions: answers to learn, [n].
+        work_dir: the trainer's own state lives here; name it by the version to be published.
+
+    Raises:
+        DataError: there is no example.
+        RecipeError: an example does not fit ``recipe.max_length``.
+    """
+    if not prompts:
+        raise DataError(
+            "SFT has no training example: no training user has a valid window; "
+            "lower windows.min_per_class or windows.min_ground_truth in the recipe"
+        )
+    started = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    examples = tokenize_examples(tokenizer, prompts, completions, recipe.max_length)
+    dtype = usable_dtype(device, recipe.dtype)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    resume_from = last_complete_checkpoint(work_dir)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(work_dir),
+            per_device_train_batch_size=recipe.micro_batch_size,
+            gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type=recipe.lr_scheduler,
+            warmup_steps=recipe.warmup_ratio,  # below 1: a share of all steps
+            weight_decay=recipe.weight_decay,
+            optim="adamw_torch",
+            max_length=None,  # checked above; nothing is cut
+            packing=False,
+            train_sampling_strategy="group_by_length",
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=device.type == "cpu",
+            seed=seed,
+            data_seed=seed,
+            full_determinism=False,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=recipe.save_steps,
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=device.type == "cuda",
+        ),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=recipe.lora.r,
+            lora_alpha=recipe.lora.alpha,
+            lora_dropout=recipe.lora.dropout,
+            target_modules=recipe.lora.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=[_ReportProgress(progress, recipe.batch_size)],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+    adapter_dir = work_dir / "adapter"
+    shutil.rmtree(adapter_dir, ignore_errors=True)
+    trainer.model.save_pretrained(adapter_dir)
+    (adapter_dir / "README.md").unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    resumed_at = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
+    trained_share = 1 - resumed_at / max(trainer.state.max_steps, 1)
+    n_tokens = sum(len(e["input_ids"]) for e in examples) * recipe.epochs * trained_share
+    return SftResult(
+        adapter_dir=adapter_dir,
+        losses=[(h["step"], h["loss"]) for h in trainer.state.log_history if "loss" in h],
+        n_examples=len(examples),
+        n_steps=trainer.state.global_step,
+        resumed_at=resumed_at,
+        seconds=seconds,
+        tokens_per_second=n_tokens / seconds,
+        longest_example=max(len(e["input_ids"]) for e in examples),
+        peak_memory_gb=peak_memory_gb(device),
+        trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    )
+
+
+def train_sft_on_prompts(
+    base_dir: Path,
+    prompts: pd.DataFrame,
+    recipe: SftRecipe,
+    *,
+    seed: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress = silent,
+) -> tuple[Path, dict[str, Any]]:
+    """``train_sft`` on the training split of ``schemas.PROMPTS``: adapter directory and JSON facts.
+
+    ``recipe.max_examples`` takes the first rows by user and window, whichever they are.
+    """
+    train = prompts[prompts["split"] == "train"].sort_values(["user_id", "window_index"])
+    train = train.head(recipe.max_examples) if recipe.max_examples else train
+    result = train_sft(
+        base_dir,
+        train["prompt"].tolist(),
+        train["completion"].tolist(),
+        recipe,
+        seed=seed,
+        work_dir=work_dir,
+        device=device,
+        progress=progress,
+    )
+    facts = {
+        "examples": result.n_examples,
+        "users": int(train["user_id"].nunique()),
+        "steps": result.n_steps,
+        "resumed_at": result.resumed_at,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "longest_example": result.longest_example,
+        "trainable_parameters": result.trainable_parameters,
+        "peak_memory_gb": round(result.peak_memory_gb, 2),
+        "device": device.name,
+        "threads": torch.get_num_threads(),
+        "libraries": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "peft", "trl", "accelerate")
+        },
+        "losses": result.losses,
+    }
+    return result.adapter_dir, facts

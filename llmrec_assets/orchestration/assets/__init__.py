@@ -1,0 +1,1 @@
+"""The assets, by group. Nobody computes here: inputs, one call to a floor below, metadata."""

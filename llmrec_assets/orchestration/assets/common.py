@@ -1,0 +1,40 @@
+"""What every asset definition shares: owners, kinds, groups and code versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrec_assets.ground.schemas import SCHEMAS
+from llmrec_assets.orchestration.results import table_columns
+
+OWNERS = ["team:llmrec"]
+
+#: Raised when the code of a stage changes what it produces. Part of every checkpoint's version.
+CODE_VERSION = "1"
+
+
+def table_options(asset: str, group: str) -> dict[str, Any]:
+    """Definition options of a table asset."""
+    if asset not in SCHEMAS:
+        raise KeyError(f"{asset} has no declared schema")
+    return {
+        "name": asset,
+        "group_name": group,
+        "owners": OWNERS,
+        "kinds": {"python", "parquet", "duckdb"},
+        "io_manager_key": "table_io",
+        "code_version": CODE_VERSION,
+        "metadata": {"dagster/column_schema": table_columns(asset)},
+    }
+
+
+def directory_options(asset: str, group: str, *kinds: str) -> dict[str, Any]:
+    """Definition options of a directory asset."""
+    return {
+        "name": asset,
+        "group_name": group,
+        "owners": OWNERS,
+        "kinds": set(kinds),
+        "io_manager_key": "directory_io",
+        "code_version": CODE_VERSION,
+    }

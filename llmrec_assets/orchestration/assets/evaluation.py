@@ -1,0 +1,87 @@
+"""Group ``evaluation``: metrics per user, the metric table, and one user through the stages."""
+
+import dagster as dg
+import pandas as pd
+
+from llmrec_assets.ground import evaluation, report
+from llmrec_assets.ground.stages import RECOMMENDATION_TABLES, current_stages
+from llmrec_assets.ground.store import StoredTable
+from llmrec_assets.orchestration.assets.common import table_options
+from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
+from llmrec_assets.orchestration.resources import StoreResource
+from llmrec_assets.orchestration.results import TableResult, markdown_table, table_result
+
+GROUP = "evaluation"
+
+
+@dg.asset(
+    **table_options("user_metrics", GROUP),
+    partitions_def=run_partitions,
+    deps=RECOMMENDATION_TABLES,
+)
+def user_metrics(
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    prompts: StoredTable,
+    movies: pd.DataFrame,
+) -> TableResult:
+    """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
+    stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    for line in stages.left_out:
+        context.log.warning(line)
+    frame = evaluation.user_metrics(stages.recommendations, prompts.frame, movies)
+    return table_result(
+        "user_metrics",
+        frame,
+        {"stages": sorted(set(frame["stage"])), "left_out": stages.left_out or "nothing"},
+    )
+
+
+@dg.asset(**table_options("metric_table", GROUP), partitions_def=run_partitions)
+def metric_table(
+    context: dg.AssetExecutionContext, config: RunConfig, user_metrics: pd.DataFrame
+) -> TableResult:
+    """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
+    recipe = recipe_of(context)
+    frame = evaluation.metric_table(
+        user_metrics, recipe.evaluation, seed=config.seed_of(recipe), top_k=recipe.windows.top_k
+    )
+    return table_result(
+        "metric_table",
+        frame,
+        {
+            "table": dg.MetadataValue.md(markdown_table(report.readable(frame))),
+            "base_model": recipe.base_model.label,
+            **{f"ndcg_{r.stage}_{r.information_set}": float(r.ndcg) for r in frame.itertuples()},
+        },
+    )
+
+
+@dg.asset(
+    **table_options("sample_recommendations", GROUP),
+    partitions_def=run_partitions,
+    deps=RECOMMENDATION_TABLES,
+)
+def sample_recommendations(
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    prompts: StoredTable,
+    interaction_windows: pd.DataFrame,
+    movies: pd.DataFrame,
+) -> TableResult:
+    """One test user through the stages, beside the ground truth (paper Table 2)."""
+    recipe = recipe_of(context)
+    stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    frame = evaluation.sample_recommendations(
+        prompts.frame,
+        interaction_windows,
+        movies,
+        stages.recommendations,
+        liked_min=recipe.windows.liked_min,
+    )
+    return table_result(
+        "sample_recommendations",
+        frame,
+        {"table": dg.MetadataValue.md(markdown_table(frame.drop(columns=["window_index"])))},
+    )

@@ -1,0 +1,119 @@
+"""Group ``prompts``: from ratings to what the model is asked and should answer."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+import pandas as pd
+
+from llmrec_assets.ground import leaks
+from llmrec_assets.ground.prompts import render_prompts
+from llmrec_assets.ground.splits import split_users
+from llmrec_assets.ground.windows import interaction_windows as draw_windows
+from llmrec_assets.orchestration.assets.common import table_options
+from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
+from llmrec_assets.orchestration.results import checked_table_result
+
+GROUP = "prompts"
+CheckedTable = Iterator[dg.AssetCheckResult | dg.MaterializeResult]
+
+
+@dg.asset(
+    **table_options("user_splits", GROUP),
+    partitions_def=run_partitions,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "no_user_in_two_splits",
+            asset="user_splits",
+            blocking=True,
+            description="Every user stands once, in one of train, validation and test.",
+        )
+    ],
+)
+def user_splits(
+    context: dg.AssetExecutionContext, config: RunConfig, users: pd.DataFrame
+) -> CheckedTable:
+    """70/15/15 by user through a seeded stable hash: a new user never moves an old one."""
+    recipe = recipe_of(context)
+    frame = split_users(users["user_id"], recipe.splits, config.seed_of(recipe))
+    yield from checked_table_result(
+        "user_splits",
+        frame,
+        {"no_user_in_two_splits": leaks.user_split_problems(frame)},
+        {f"users_{name}": int(count) for name, count in frame["split"].value_counts().items()},
+    )
+
+
+@dg.asset(
+    **table_options("interaction_windows", GROUP),
+    partitions_def=run_partitions,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "no_leak",
+            asset="interaction_windows",
+            blocking=True,
+            description="Nothing after the cut-off in the context or the seen set, nothing at or "
+            "before it in the ground truth, ground truth disjoint from the history, cut-off valid.",
+        )
+    ],
+)
+def interaction_windows(
+    context: dg.AssetExecutionContext,
+    config: RunConfig,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    user_splits: pd.DataFrame,
+) -> CheckedTable:
+    """Per user: a drawn valid cut-off, the last films up to it and the next liked (paper §3.2)."""
+    recipe = recipe_of(context)
+    canonical = movies[["movie_id", "canonical_movie_id"]]
+    frame = draw_windows(
+        ratings, user_splits, recipe.windows, config.seed_of(recipe), canonical=canonical
+    )
+    yield from checked_table_result(
+        "interaction_windows",
+        frame,
+        {"no_leak": leaks.window_problems(frame, ratings, user_splits, canonical, recipe.windows)},
+        {
+            "users_with_a_window": int(frame["user_id"].nunique()),
+            "users_without": int(user_splits["user_id"].nunique() - frame["user_id"].nunique()),
+            **{f"windows_{n}": int(c) for n, c in frame["split"].value_counts().items()},
+        },
+    )
+
+
+@dg.asset(
+    **table_options("prompts", GROUP),
+    partitions_def=run_partitions,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "prompts_show_their_windows_only",
+            asset="prompts",
+            blocking=True,
+            description="Context and ground truth are the window's; no ground-truth title stands "
+            "in the prompt.",
+        )
+    ],
+)
+def prompts(
+    context: dg.AssetExecutionContext,
+    interaction_windows: pd.DataFrame,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
+) -> CheckedTable:
+    """The user message per window, and the completion SFT learns (paper Figure 2)."""
+    recipe = recipe_of(context)
+    frame = render_prompts(interaction_windows, users, movies, recipe.prompts, recipe.windows)
+    problems = leaks.prompt_problems(frame, interaction_windows, movies)
+    example = frame.iloc[0] if len(frame) else None
+    yield from checked_table_result(
+        "prompts",
+        frame,
+        {"prompts_show_their_windows_only": problems},
+        {
+            "template": recipe.prompts.template,
+            "example": "none"
+            if example is None
+            else dg.MetadataValue.md(f"~~~text\n{example['prompt']}\n\n{example['completion']}\n~~~"),
+        },
+    )

@@ -1,0 +1,87 @@
+"""Group ``source``: rating files and the three tables read from them."""
+
+from pathlib import Path
+
+import dagster as dg
+import pandas as pd
+
+from llmrec_assets.ground import movielens, sources
+from llmrec_assets.orchestration.assets.common import (
+    CODE_VERSION,
+    directory_options,
+    table_options,
+)
+from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.partitions import dataset_of, dataset_partitions
+from llmrec_assets.orchestration.resources import StoreResource
+from llmrec_assets.orchestration.results import TableResult, checkpoint_result, table_result
+
+GROUP = "source"
+
+
+@dg.asset(
+    **directory_options("movielens_files", GROUP, "python", "file"), partitions_def=dataset_partitions
+)
+def movielens_files(
+    context: dg.AssetExecutionContext, config: RunConfig, storage: StoreResource
+) -> dg.MaterializeResult[Path]:
+    """The data set's original files: the user's own, an earlier download, or the official archive."""
+    store, dataset = storage.store(), dataset_of(context)
+    found = sources.locate(
+        dataset,
+        data_dir=storage.user_data_directory(),
+        sample_dir=storage.sample_directory(),
+        cache_dir=Path(str(store.root)) / "downloads",
+        log=context.log.info,
+        download=storage.download,
+    )
+    determinants = {
+        "files": {name: fact.sha256 for name, fact in found.files.items()},
+        "code": CODE_VERSION,
+    }
+
+    def build(work: Path) -> tuple[Path, dict]:
+        sources.copy_files(found, work / "files")
+        return work / "files", {"origin": found.origin, "official": found.official}
+
+    return checkpoint_result(context, store, config, determinants, build)
+
+
+@dg.asset(**table_options("movies", GROUP), partitions_def=dataset_partitions)
+def movies(
+    context: dg.AssetExecutionContext, movielens_files: Path
+) -> TableResult:
+    """Films: title, year, release date, genres, and the canonical id of titles under two ids."""
+    frame = movielens.read_movies(movielens_files, dataset_of(context))
+    second_ids = int((frame["movie_id"] != frame["canonical_movie_id"]).sum())
+    return table_result("movies", frame, {"titles_under_two_ids": second_ids})
+
+
+@dg.asset(**table_options("users", GROUP), partitions_def=dataset_partitions)
+def users(
+    context: dg.AssetExecutionContext, movielens_files: Path
+) -> TableResult:
+    """User profiles: age or age band, gender, occupation, ZIP code, city and state (paper §3.1)."""
+    frame = movielens.read_users(movielens_files, dataset_of(context))
+    placed = float(frame["city"].notna().mean())
+    return table_result("users", frame, {"share_with_a_place": placed})
+
+
+@dg.asset(**table_options("ratings", GROUP), partitions_def=dataset_partitions)
+def ratings(
+    context: dg.AssetExecutionContext,
+    movielens_files: Path,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
+) -> TableResult:
+    """Ratings, 1 to 5 stars with their time; every user and movie id is known."""
+    frame = movielens.read_ratings(movielens_files, dataset_of(context), users, movies)
+    return table_result(
+        "ratings",
+        frame,
+        {
+            "users": int(frame["user_id"].nunique()),
+            "movies": int(frame["movie_id"].nunique()),
+            "share_liked": float((frame["rating"] >= 3).mean()),
+        },
+    )

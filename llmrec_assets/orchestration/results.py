@@ -1,0 +1,169 @@
+"""What an asset returns: its value, its data version and metadata a person can read.
+
+What belongs here: the shape of ``MaterializeResult``s shared by all assets. What does not: any
+number itself.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+import pyarrow as pa
+
+from llmrec_assets.ground.plots import line_plot
+from llmrec_assets.ground.schemas import SCHEMAS
+from llmrec_assets.ground.store import Store, checkpoint_version, read_manifest
+from llmrec_assets.ground.tables import conform, content_version
+from llmrec_assets.orchestration.config import RunConfig
+
+_PREVIEW_ROWS = 5
+
+#: What a table asset returns: a table that conforms to its declared schema.
+TableResult = dg.MaterializeResult[pa.Table]
+
+
+def table_columns(asset: str) -> dg.TableSchema:
+    """The declared schema as Dagster shows it."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                field.name,
+                type=str(field.type),
+                description=(field.metadata or {}).get(b"description", b"").decode(),
+                constraints=dg.TableColumnConstraints(nullable=field.nullable),
+            )
+            for field in SCHEMAS[asset]
+        ]
+    )
+
+
+def table_result(
+    asset: str, frame: pd.DataFrame, metadata: Mapping[str, Any] | None = None
+) -> TableResult:
+    """A table asset's result. The data version is the hash of the content, so that automation
+    sees what changed and not what merely ran."""
+    table = conform(frame, SCHEMAS[asset], asset)
+    return dg.MaterializeResult(
+        value=table,
+        data_version=dg.DataVersion(content_version(table)),
+        metadata={
+            "dagster/row_count": len(frame),
+            "preview": dg.MetadataValue.md(markdown_table(frame.head(_PREVIEW_ROWS))),
+            **(metadata or {}),
+        },
+    )
+
+
+def checked_table_result(
+    asset: str,
+    frame: pd.DataFrame,
+    problems: Mapping[str, Sequence[str]],
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult]:
+    """Blocking checks first, the table after: a table with a problem is never published, so the
+    previous materialization stays in force.
+
+    Args:
+        problems: check name → what it found; empty means passed.
+    """
+    failed = {name: found for name, found in problems.items() if found}
+    for name, found in problems.items():
+        yield dg.AssetCheckResult(
+            check_name=name,
+            passed=not found,
+            severity=dg.AssetCheckSeverity.ERROR,
+            metadata={"problems": len(found), "first": "\n".join(found[:10]) or "none"},
+        )
+    if failed:
+        name, found = next(iter(failed.items()))
+        raise dg.Failure(
+            f"{asset} is not published, check {name} failed: {found[0]}"
+            + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""),
+            allow_retries=False,
+        )
+    yield table_result(asset, frame, metadata)
+
+
+def checkpoint_result(
+    context: dg.AssetExecutionContext,
+    store: Store,
+    config: RunConfig,
+    determinants: Mapping[str, Any],
+    build: Callable[[Path], tuple[Path, dict[str, Any]]],
+    describe: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> dg.MaterializeResult:
+    """Publishes what ``build`` makes, or reuses an intact version that is already published.
+
+    Args:
+        determinants: what the version is the hash of.
+        build: makes the files in the given work directory; returns their directory and facts
+            (JSON values) for the manifest.
+        describe: facts → metadata.
+    """
+    asset, partition = context.asset_key.path[-1], context.partition_key
+    version = checkpoint_version(asset, determinants)
+    found = None if config.force else store.find_intact(asset, partition, version)
+    if found is None:
+        work = store.work_directory(asset, partition, version)
+        files, facts = build(work)
+        path = store.publish_checkpoint(
+            asset,
+            partition,
+            version,
+            files,
+            determinants=determinants,
+            facts={**facts, "run_id": context.run_id},
+        )
+        store.remove_work(work)
+        context.log.info(f"published {asset} version {path.name}")
+    else:
+        path = found
+        store.adopt(asset, partition, path.name)
+        context.log.info(f"{asset} version {path.name} is already published and intact: reused")
+    manifest = read_manifest(path)
+    size = sum(fact["bytes"] for fact in manifest["files"].values())
+    return dg.MaterializeResult(
+        value=path,
+        data_version=dg.DataVersion(path.name),
+        metadata={
+            "path": dg.MetadataValue.path(str(path)),
+            "reused": found is not None,
+            "megabytes": round(size / 1e6, 1),
+            "published_at": manifest["published_at"],
+            "determinants": dg.MetadataValue.json(manifest["determinants"]),
+            **describe(manifest["facts"]),
+        },
+    )
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; text that came from a model or a user is escaped."""
+    if frame.empty and not len(frame.columns):
+        return "no rows"
+    lines = [
+        "| " + " | ".join(map(str, frame.columns)) + " |",
+        "|" + "---|" * len(frame.columns),
+    ]
+    for row in frame.itertuples(index=False):
+        lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return ""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    text = text.replace("\n", " ⏎ ")
+    return text if len(text) <= 300 else text[:300] + " …"
+
+
+def curve(points: Sequence[Sequence[float]], x: str, y: str) -> dg.MetadataValue:
+    """A line plot as an inline picture."""
+    png = line_plot([(p[0], p[1]) for p in points], x=x, y=y)
+    return dg.MetadataValue.md(f"![{y}](data:image/png;base64,{base64.b64encode(png).decode()})")

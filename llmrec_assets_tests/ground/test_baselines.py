@@ -1,0 +1,76 @@
+import pandas as pd
+import pyarrow as pa
+
+from llmrec_assets.ground.baselines import popularity_ranking, popularity_recommendations
+from llmrec_assets.ground.evaluation import user_metrics
+from llmrec_assets.ground.schemas import RECOMMENDATIONS
+
+#: film 14 is film 4 under a second id
+MOVIES = pd.DataFrame(
+    {
+        "movie_id": [1, 2, 3, 4, 5, 14],
+        "title": ["One", "Two", "Three", "Four", "Five", "Four"],
+        "canonical_movie_id": [1, 2, 3, 4, 5, 4],
+    }
+)
+SPLITS = pd.DataFrame({"user_id": [1, 2, 3, 4, 9], "split": ["train"] * 3 + ["validation", "test"]})
+RATINGS = pd.DataFrame(
+    [
+        (1, 4, 5, 1), (2, 14, 3, 1), (3, 4, 4, 1), (3, 14, 5, 2),  # film 4: three users
+        (1, 3, 5, 1), (2, 3, 3, 1),  # film 3: two
+        (1, 2, 4, 1), (2, 2, 2, 1),  # film 2: one, and one who disliked it
+        (3, 5, 4, 1),  # film 5: one
+        (4, 1, 5, 1), (9, 1, 5, 1),  # film 1: no training user
+        (9, 14, 5, 2), (9, 2, 5, 9),
+    ],
+    columns=["user_id", "movie_id", "rating", "timestamp"],
+)  # fmt: skip
+PROMPTS = pd.DataFrame(
+    {
+        "user_id": [9, 1],
+        "window_index": [0, 0],
+        "split": ["test", "train"],
+        "context_movie_ids": [[14], [4]],
+        "ground_truth_movie_ids": [[2], [3]],
+    }
+)
+SEEN = {(9, 0): frozenset({1, 4})}
+
+
+def _recommended(top_k: int) -> pd.DataFrame:
+    return popularity_recommendations(RATINGS, SPLITS, PROMPTS, SEEN, MOVIES, 3, top_k, "p1")
+
+
+def test_ranking_counts_training_users_once_per_film() -> None:
+    assert popularity_ranking(RATINGS, SPLITS, MOVIES, 3) == [4, 3, 2, 5, 1]
+    assert popularity_ranking(RATINGS, SPLITS, MOVIES, 5) == [4, 3, 1, 2, 5]
+
+
+def test_recommendations_by_hand() -> None:
+    table = _recommended(4)
+    pa.Table.from_pandas(table, schema=RECOMMENDATIONS, preserve_index=False).validate(full=True)
+    assert set(table["user_id"]) == {9}
+    history = table[table["information_set"] == "history"]
+    assert history["movie_id"].tolist()[:3] == [3, 2, 5]
+    assert history["grounding"].tolist() == ["id", "id", "id", "missing"]  # catalogue exhausted
+    assert history["text"].tolist()[:3] == ["Three", "Two", "Five"]
+    assert not history["is_seen"].any()
+    # the prompt shows film 4 only: film 1 is offered although seen, and marked
+    prompt = table[table["information_set"] == "prompt"]
+    assert prompt["movie_id"].tolist() == [3, 2, 5, 1]
+    assert prompt["is_seen"].tolist() == [False, False, False, True]
+    assert not table["is_duplicate"].any()
+    assert set(table["stage"] + table["decoding"]) == {"popularityranking"}
+
+
+def test_scored_like_any_other_recommender() -> None:
+    scores = user_metrics(_recommended(2), PROMPTS, MOVIES)
+    assert scores["information_set"].tolist() == ["history", "prompt"]
+    assert scores["hits"].tolist() == [1, 1]
+
+
+def test_order_of_ratings_does_not_matter() -> None:
+    shuffled = popularity_recommendations(
+        RATINGS.iloc[::-1], SPLITS.iloc[::-1], PROMPTS, SEEN, MOVIES.iloc[::-1], 3, 4, "p1"
+    )
+    pd.testing.assert_frame_equal(shuffled, _recommended(4))
