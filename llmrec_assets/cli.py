@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="print the metric table")
     table.add_argument("--dataset", default="sample")
     table.add_argument("--recipe", default="quickstart")
+    table.add_argument("--markdown", action="store_true", help="as a Markdown table")
     table.set_defaults(command=_table)
 
     sample = commands.add_parser("sample", help="generate the synthetic sample")
@@ -87,20 +88,32 @@ def _sql(options: argparse.Namespace) -> int:
         except duckdb.CatalogException as error:
             known = connection.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal")
             names = ", ".join(sorted(row[0] for row in known.fetchall())) or "none yet"
-            raise _UsageError(f"{str(error).splitlines()[0]}\ntables: {names}") from error
+            raise _UsageError(f"{_one_line(error)} Tables: {names}") from error
         except duckdb.Error as error:
-            raise _UsageError(str(error)) from error
+            raise _UsageError(_one_line(error)) from error
         if result is not None:
             result.show(max_width=200, max_rows=1000)
     return 0
 
 
-def _table(options: argparse.Namespace) -> int:
-    from llmrec_assets.ground.report import readable
+def _one_line(error: Exception) -> str:
+    """DuckDB's message and hints, without its drawing of the query."""
+    return " ".join(str(error).split("\nLINE ")[0].split())
 
+
+def _table(options: argparse.Namespace) -> int:
+    from llmrec_assets.ground.movielens import FORMATS
+    from llmrec_assets.ground.recipes import load_recipe
+    from llmrec_assets.ground.report import markdown_table, readable
+
+    if options.dataset not in FORMATS:
+        raise _UsageError(f"no data set named {options.dataset!r}: known are {', '.join(FORMATS)}")
+    load_recipe(options.recipe)
     stored = _store().read_table("metric_table", f"{options.dataset}|{options.recipe}")
     print(f"\n{options.dataset} | {options.recipe}" + _label(options.dataset))
-    print(readable(stored.frame).to_string(index=False))
+    shown = readable(stored.frame)
+    as_markdown = getattr(options, "markdown", False)
+    print(markdown_table(shown) if as_markdown else shown.to_string(index=False))
     return 0
 
 
@@ -126,13 +139,16 @@ def _store() -> Any:
 def _initialise_dagster_home() -> Path:
     """``DAGSTER_HOME`` with our ``dagster.yaml`` and created databases.
 
-    Two first users of an empty home would race for its schema, so creation is under a lock.
+    Two first users of an empty home would race for its schema, so creation is under a lock. A
+    home of the user's own keeps the settings it has.
     """
-    home = Path(os.environ.setdefault("DAGSTER_HOME", str(_PROJECT / "data" / "dagster_home")))
+    ours = _PROJECT / "data" / "dagster_home"
+    home = Path(os.environ.get("DAGSTER_HOME") or ours).expanduser().resolve()
+    os.environ["DAGSTER_HOME"] = str(home)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".init.lock"):
         settings = _PROJECT / "dagster.yaml"
-        if settings.is_file():
+        if settings.is_file() and (home == ours or not (home / "dagster.yaml").exists()):
             shutil.copyfile(settings, home / "dagster.yaml")
         if not (home / "history" / "runs.db").exists():
             import dagster as dg

@@ -24,9 +24,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
     overrides = dict(resource_overrides or {})
     storage = overrides.pop("storage", StoreResource())
     return dg.Definitions(
-        assets=dg.load_assets_from_modules(
-            [source, prompts, models, recommendations, evaluation]
-        ),
+        assets=dg.load_assets_from_modules([source, prompts, models, recommendations, evaluation]),
         jobs=[jobs.source_data, jobs.prepare_base_model, jobs.recommender],
         resources={
             "storage": storage,

@@ -6,16 +6,29 @@ the UI. What does not: what the jobs are (``orchestration.jobs``).
 
 from __future__ import annotations
 
+import logging
 import os
+from typing import Any
 
 import dagster as dg
 import psutil
 
 from llmrec_assets.definitions import build_defs
-from llmrec_assets.ground.errors import RecipeError
+from llmrec_assets.ground.errors import LlmrecError, RecipeError
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.orchestration.partitions import DATASETS
 
+#: Assets that take ``RunConfig``.
+CONFIGURABLE = {
+    "base_model",
+    "base_responses",
+    "interaction_windows",
+    "metric_table",
+    "movielens_files",
+    "sft_checkpoint",
+    "sft_responses",
+    "user_splits",
+}
 _PID_TAG = "llmrec/pid"
 _STARTED_TAG = "llmrec/started"
 
@@ -33,7 +46,8 @@ def run_partition(
 
     Raises:
         RecipeError: unknown data set or recipe.
-        Exception: whatever the failing step raised.
+        LlmrecError: a blocking check failed.
+        Exception: whatever else the failing step raised.
     """
     if dataset not in DATASETS:
         raise RecipeError(f"no data set named {dataset!r}: known are {', '.join(DATASETS)}")
@@ -49,28 +63,50 @@ def run_partition(
         ("prepare_base_model", recipe),
         ("recommender", f"{dataset}|{recipe}"),
     ):
-        job = defs.resolve_job_def(job_name)
-        configured = _config(defs, job, force=force and job_name == "recommender", seed=seed)
-        result = job.execute_in_process(
-            instance=instance, partition_key=partition, run_config=configured, tags=tags
-        )
+        job = defs.resolve_job_def(job_name).with_logger_defs({"console": terminal})
+        configured = _config(job, force=force and job_name == "recommender", seed=seed)
+        try:
+            result = job.execute_in_process(
+                instance=instance, partition_key=partition, run_config=configured, tags=tags
+            )
+        except dg.Failure as failure:
+            raise LlmrecError(failure.description or f"{job_name} failed") from failure
         run_ids.append(result.run_id)
     return run_ids
 
 
-def _config(
-    defs: dg.Definitions, job: dg.JobDefinition, *, force: bool, seed: int | None
-) -> dict[str, object]:
-    logs = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
-    values = {} if seed is None else {"seed": seed}
+def _config(job: dg.JobDefinition, *, force: bool, seed: int | None) -> dict[str, Any]:
+    config: dict[str, Any] = {"loggers": {"console": {}}}
+    values: dict[str, Any] = {}
+    if seed is not None:
+        values["seed"] = seed
     if force:
         values["force"] = True
-    if not values:
-        return logs
-    configurable = [
-        node.name for node in job.nodes if node.definition.config_schema.config_type.has_fields
-    ]
-    return {**logs, "ops": {name: {"config": values} for name in configurable}}
+    if values:
+        names = {key.to_user_string() for key in job.asset_layer.executable_asset_keys}
+        config["ops"] = {name: {"config": values} for name in sorted(names & CONFIGURABLE)}
+    return config
+
+
+class _TerminalFormatter(logging.Formatter):
+    """Time, step and message. A failed step's stack trace stays in the event log: whoever called
+    ``run_partition`` gets the exception itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "dagster_meta", {})
+        text = facts.get("orig_message") or record.getMessage()
+        where = facts.get("step_key") or facts.get("job_name") or "dagster"
+        return f"{self.formatTime(record, '%H:%M:%S')} {where}: {text}"
+
+
+@dg.logger
+def terminal(context: dg.InitLoggerContext) -> logging.Logger:
+    """Dagster's console logger without ids and stack traces."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_TerminalFormatter())
+    logger = logging.Logger("llmrec", level=logging.INFO)
+    logger.addHandler(handler)
+    return logger
 
 
 def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
@@ -98,6 +134,9 @@ def _alive(pid: int, started: float) -> bool:
     if pid == os.getpid():
         return True
     try:
-        return abs(psutil.Process(pid).create_time() - started) < 1.0
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, and its parent has not looked yet
+            return False
+        return abs(process.create_time() - started) < 1.0
     except psutil.Error:
         return False

@@ -23,7 +23,9 @@ def line_plot(points: Sequence[tuple[float, float]], *, x: str, y: str) -> bytes
     axes.plot(xs, ys, color="#9db4c0", linewidth=1)
     if len(ys) >= 10:
         window = max(3, len(ys) // 10)
-        means = [sum(ys[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(ys))]
+        means = [
+            sum(ys[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(ys))
+        ]
         axes.plot(xs, means, color="#253237", linewidth=1.6, label=f"mean of {window}")
         axes.legend(frameon=False)
     axes.set_xlabel(x)

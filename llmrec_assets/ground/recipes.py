@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Frozen; an unknown key is an error, so a typo in a recipe cannot pass silently."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SplitRecipe(Section):
@@ -40,7 +40,7 @@ class SplitRecipe(Section):
     def _sums_to_one(self) -> SplitRecipe:
         total = self.train + self.validation + self.test
         if abs(total - 1) > 1e-9:
-            raise ValueError(f"train + validation + test = {total}, expected 1")
+            raise ValueError(f"train + validation + test = {round(total, 9)}, expected 1")
         return self
 
 
@@ -144,7 +144,7 @@ class GenerationRecipe(Section):
 
 
 class GroundingRecipe(Section):
-    """``ladder`` refuses below ``threshold`` (0 to 100); ``paper`` is plain WRatio, never refuses."""
+    """``ladder`` refuses below ``threshold`` (0 to 100); ``paper``, plain WRatio, never refuses."""
 
     method: Literal["ladder", "paper"] = "ladder"
     threshold: Annotated[float, Field(ge=0, le=100)] = 90.0
@@ -175,6 +175,19 @@ class Recipe(Section):
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
 
+class _Loader(yaml.SafeLoader):
+    """A key that stands twice in a mapping is an error: one value would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} stands twice", node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def recipe_names(directory: Path = RECIPES_DIR) -> list[str]:
     """Names of the recipe files, sorted; these are the keys of the ``recipe`` partition."""
     return sorted(path.stem for path in directory.glob("*.yaml"))
@@ -194,8 +207,8 @@ def load_recipe(name: str, directory: Path = RECIPES_DIR) -> Recipe:
             f"no recipe named {name!r}: known recipes are {', '.join(recipe_names(directory))}"
         )
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path.name} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path.name}: expected a mapping of sections at the top")

@@ -5,6 +5,8 @@ What belongs here: choosing and formatting columns. What does not: computing the
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 
@@ -52,3 +54,25 @@ def _percent(row: dict, name: str) -> str:
 def _signed(row: dict, name: str) -> str:
     low, high = 100 * row[f"{name}_low"], 100 * row[f"{name}_high"]
     return f"{100 * row[name]:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; text that came from a model or a user is escaped."""
+    if frame.empty and not len(frame.columns):
+        return "no rows"
+    lines = [
+        "| " + " | ".join(map(str, frame.columns)) + " |",
+        "|" + "---|" * len(frame.columns),
+    ]
+    for row in frame.itertuples(index=False):
+        lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return ""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    text = text.replace("\n", " ⏎ ")
+    return text if len(text) <= 300 else text[:300] + " …"

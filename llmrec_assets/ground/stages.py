@@ -13,12 +13,13 @@ import pandas as pd
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.store import Store
 
-#: Tables that hold recommendations for the test windows.
-RECOMMENDATION_TABLES = [
-    "base_recommendations",
-    "sft_recommendations",
-    "baseline_recommendations",
-]
+#: Tables that hold recommendations for the test windows, and the stages each brings.
+STAGES_OF_TABLE = {
+    "base_recommendations": ["base"],
+    "sft_recommendations": ["sft"],
+    "baseline_recommendations": ["popularity"],
+}
+RECOMMENDATION_TABLES = list(STAGES_OF_TABLE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ def current_stages(store: Store, partition: str, prompts_version: str) -> StageT
             left_out.append(f"{asset} is missing: never materialized for {partition}")
             continue
         table = store.read_table(asset, partition)
+        if table.frame.empty:
+            left_out.append(f"{asset} is empty: {partition} has no test prompts it could answer")
+            continue
         made_from = set(table.frame["prompts_version"])
         if made_from != {prompts_version}:
             left_out.append(
@@ -55,3 +59,23 @@ def current_stages(store: Store, partition: str, prompts_version: str) -> StageT
             f"no recommendations for {partition} answer the current prompts: " + "; ".join(left_out)
         )
     return StageTables(pd.concat(kept, ignore_index=True), left_out)
+
+
+def missing_stages(scored: pd.DataFrame) -> list[str]:
+    """Stages that ``scored`` (any table with a ``stage`` column) lacks."""
+    present = set(scored["stage"])
+    return [s for stages in STAGES_OF_TABLE.values() for s in stages if s not in present]
+
+
+def require_current(user_metrics: pd.DataFrame, prompts_version: str) -> None:
+    """Refuses metrics of other prompts than the current ones.
+
+    Raises:
+        DataError: ``USER_METRICS`` rows were made from other prompts.
+    """
+    others = set(user_metrics["prompts_version"]) - {prompts_version}
+    if others:
+        raise DataError(
+            f"user_metrics is stale: it scores answers to the prompts {', '.join(sorted(others))}, "
+            f"the current ones are {prompts_version}; materialize user_metrics again"
+        )

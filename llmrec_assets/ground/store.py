@@ -36,7 +36,7 @@ from upath import UPath
 
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.schemas import SCHEMAS
-from llmrec_assets.ground.tables import conform, content_version, to_frame
+from llmrec_assets.ground.tables import conform, content_version, require, to_frame
 
 MANIFEST = "manifest.json"
 _CURRENT = "current.json"
@@ -73,7 +73,7 @@ class Store:
     def at(cls, location: str | Path | UPath, keep_versions: int = 5) -> Store:
         path = UPath(location)
         if _is_local(path):
-            path = UPath(Path(str(path)).expanduser().resolve())
+            path = UPath(Path(path.path).expanduser().resolve())
         return cls(path, keep_versions)
 
     # -- tables ---------------------------------------------------------------------------
@@ -84,23 +84,28 @@ class Store:
         Raises:
             StoreError: the frame does not match the asset's declared schema.
         """
-        table = frame if isinstance(frame, pa.Table) else conform(frame, SCHEMAS[asset], asset)
+        if isinstance(frame, pa.Table):
+            table = frame
+            require(table, SCHEMAS[asset], asset)
+        else:
+            table = conform(frame, SCHEMAS[asset], asset)
         version = content_version(table)
         directory = self._directory("tables", asset, partition)
-        target = directory / f"{version}.parquet"
-        if not target.exists():
-            buffer = io.BytesIO()
-            pq.write_table(table, buffer, compression="zstd")
-            _write_atomically(target, buffer.getvalue())
-        self._point(directory, version)
-        self._retire(directory)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        with store_lock(self.root, "publish"):
+            # Also when that version is there already: it may be damaged, and it is the newest now.
+            _write_atomically(directory / f"{version}.parquet", buffer.getvalue())
+            self._point(directory, version)
+            self._retire(directory)
         return version
 
     def read_table(self, asset: str, partition: str, version: str | None = None) -> StoredTable:
         """Reads a table, the current one unless a version is named.
 
         Raises:
-            StoreError: it was never materialized, or that version is no longer kept.
+            StoreError: it was never materialized, that version is no longer kept, or its file is
+                damaged.
         """
         version = version or self.current(asset, partition, kind="tables")
         if version is None:
@@ -111,7 +116,12 @@ class Store:
         path = self.table_path(asset, partition, version)
         if not path.exists():
             raise StoreError(f"{asset} for {partition}: version {version} is not kept any more")
-        return StoredTable(to_frame(pq.read_table(io.BytesIO(path.read_bytes()))), version)
+        data = path.read_bytes()
+        try:
+            table = pq.read_table(io.BytesIO(data))
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{path} is damaged ({error}): materialize {asset} again") from error
+        return StoredTable(to_frame(table), version)
 
     def table_path(self, asset: str, partition: str, version: str) -> UPath:
         return self._directory("tables", asset, partition) / f"{version}.parquet"
@@ -150,35 +160,35 @@ class Store:
         """
         directory = self._local("checkpoints", asset, partition)
         directory.mkdir(parents=True, exist_ok=True)
-        attempt, target = version, directory / version
-        while target.exists():
-            number = int(attempt.rpartition("-")[2]) + 1 if "-" in attempt else 2
-            attempt = f"{version}-{number}"
-            target = directory / attempt
-        manifest = {
-            "asset": asset,
-            "partition": partition,
-            "version": attempt,
-            "determinants": dict(determinants),
-            "facts": dict(facts),
-            "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": {
-                str(path.relative_to(files)): {
-                    "sha256": sha256_file(path),
-                    "bytes": path.stat().st_size,
-                }
-                for path in sorted(files.rglob("*"))
-                if path.is_file() and path.name != MANIFEST
-            },
+        hashes = {
+            str(path.relative_to(files)): {
+                "sha256": sha256_file(path),
+                "bytes": path.stat().st_size,
+            }
+            for path in sorted(files.rglob("*"))
+            if path.is_file() and path != files / MANIFEST
         }
-        _write_atomically(UPath(files / MANIFEST), _json_bytes(manifest))
         for path in files.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        os.replace(files, target)
-        _sync(directory)
-        self._point(UPath(directory), attempt)
-        self._retire(UPath(directory))
+            _sync(path)
+        with store_lock(self.root, "publish"):
+            # One more than the last, not the first free: retention may have removed earlier ones.
+            last = max(map(_attempt_number, _attempts(directory, version)), default=0)
+            attempt = f"{version}-{last + 1}" if last else version
+            target = directory / attempt
+            manifest = {
+                "asset": asset,
+                "partition": partition,
+                "version": attempt,
+                "determinants": dict(determinants),
+                "facts": dict(facts),
+                "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "files": hashes,
+            }
+            _write_atomically(UPath(files / MANIFEST), _json_bytes(manifest))
+            os.replace(files, target)
+            _sync(directory)
+            self._point(UPath(directory), attempt)
+            self._retire(UPath(directory))
         return target
 
     def checkpoint(self, asset: str, partition: str, version: str | None = None) -> Path:
@@ -197,16 +207,24 @@ class Store:
     def find_intact(self, asset: str, partition: str, version: str) -> Path | None:
         """The newest intact attempt published for ``version``, or None."""
         directory = self._local("checkpoints", asset, partition)
-        attempts = [p for p in directory.glob(f"{version}*") if p.name.split("-")[0] == version]
-        for path in sorted(attempts, key=_attempt_number, reverse=True):
+        for path in sorted(_attempts(directory, version), key=_attempt_number, reverse=True):
             with contextlib.suppress(StoreError):
                 verify_checkpoint(path)
                 return path
         return None
 
     def adopt(self, asset: str, partition: str, version: str) -> None:
-        """Makes an already published checkpoint the current one."""
-        self._point(UPath(self._local("checkpoints", asset, partition)), version)
+        """Makes an already published checkpoint the current one; retention counts it as new.
+
+        Raises:
+            StoreError: it is not there.
+        """
+        directory = self._local("checkpoints", asset, partition)
+        with store_lock(self.root, "publish"):
+            if not (directory / version).is_dir():
+                raise StoreError(f"{asset} for {partition}: there is no version {version} to adopt")
+            os.utime(directory / version)
+            self._point(UPath(directory), version)
 
     # -- both -----------------------------------------------------------------------------
 
@@ -224,8 +242,7 @@ class Store:
         if not tables.exists():
             return
         for pointer in sorted(tables.glob(f"**/{_CURRENT}"), key=str):
-            *_, asset_and_partition = str(pointer.parent).split("/tables/")
-            asset, *keys = asset_and_partition.split("/")
+            asset, *keys = pointer.parent.relative_to(tables).parts
             version = json.loads(pointer.read_text())["version"]
             file = pointer.parent / f"{version}.parquet"
             if file.exists():
@@ -243,15 +260,17 @@ class Store:
         _write_atomically(directory / _CURRENT, _json_bytes({"version": version}))
 
     def _retire(self, directory: UPath) -> None:
-        """Removes all but the newest ``keep_versions``; never the current one."""
-        current = json.loads((directory / _CURRENT).read_text())["version"]
-        versions = [
-            path
-            for path in directory.iterdir()
-            if not path.name.startswith(".") and path.name != _CURRENT
-        ]
+        """Removes all but the newest ``keep_versions``, never the current one, and what killed
+        publications left. Only under the lock."""
         if not _is_local(directory):
             return  # object stores have life-cycle rules for this
+        current = json.loads((directory / _CURRENT).read_text())["version"]
+        for path in directory.glob(".*"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        versions = [
+            path for path in directory.iterdir() if path.name[0] != "." and path.name != _CURRENT
+        ]
         versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for path in versions[self.keep_versions :]:
             if path.name.removesuffix(".parquet") == current:
@@ -266,7 +285,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a published checkpoint.
 
     Raises:
-        StoreError: there is none, or it is no JSON object.
+        StoreError: there is none, or it is no JSON object with ``files``.
     """
     path = directory / MANIFEST
     try:
@@ -277,8 +296,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "materialize the asset again with force"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{directory.name}: {MANIFEST} is damaged; materialize it again") from error
-    if not isinstance(manifest, dict):
+        raise StoreError(
+            f"{directory.name}: {MANIFEST} is damaged; materialize it again"
+        ) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise StoreError(f"{directory.name}: {MANIFEST} is damaged; materialize it again")
     return manifest
 
@@ -318,6 +339,10 @@ def store_lock(root: UPath, name: str) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / f".{name}.lock"):
         yield
+
+
+def _attempts(directory: Path, version: str) -> list[Path]:
+    return [path for path in directory.glob(f"{version}*") if path.name.split("-")[0] == version]
 
 
 def _attempt_number(path: Path) -> int:

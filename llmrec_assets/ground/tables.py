@@ -22,30 +22,55 @@ def conform(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
     An empty frame is a table with zero rows.
 
     Raises:
-        StoreError: a column is missing, superfluous or of another kind, or a column that may not
-            be NULL holds one; names table and column.
+        StoreError: a column is missing, superfluous, there twice or of another kind, or a column
+            that may not be NULL holds one; names table and column.
     """
     missing = [name for name in schema.names if name not in frame.columns]
     extra = [str(name) for name in frame.columns if name not in schema.names]
-    if missing or extra:
+    twice = [str(name) for name in frame.columns[frame.columns.duplicated()].unique()]
+    if missing or extra or twice:
         raise StoreError(
             f"{what}: the columns do not match the declared schema"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not declared: {', '.join(extra)}" if extra else "")
+            + (f"; there twice: {', '.join(twice)}" if twice else "")
         )
     columns = []
     for field in schema:
+        series = frame[field.name]
+        # Arrow would read numbers out of text silently.
+        if isinstance(series.dtype, pd.StringDtype) and not pa.types.is_string(field.type):
+            if series.notna().any():
+                raise StoreError(f"{what}.{field.name}: holds text (declared {field.type})")
+            series = series.astype(object)
         try:
-            column = pa.Array.from_pandas(frame[field.name], type=field.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            column = pa.Array.from_pandas(series, type=field.type)
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
             raise StoreError(f"{what}.{field.name}: {error} (declared {field.type})") from error
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
-        if column.null_count and not field.nullable:
-            row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-            raise StoreError(f"{what}.{field.name}: row {row} is NULL, declared NOT NULL")
         columns.append(column)
-    return pa.Table.from_arrays(columns, schema=schema)
+    table = pa.Table.from_arrays(columns, schema=schema)
+    require(table, schema, what)
+    return table
+
+
+def require(table: pa.Table, schema: pa.Schema, what: str) -> None:
+    """Refuses a table that is not as declared.
+
+    Raises:
+        StoreError: its schema is another, or a column that may not be NULL holds one.
+    """
+    if not table.schema.equals(schema):
+        raise StoreError(
+            f"{what}: the table does not have the declared schema; expected "
+            + ", ".join(f"{field.name} {field.type}" for field in schema)
+        )
+    for field in schema:
+        column = table.column(field.name)
+        if column.null_count and not field.nullable:
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise StoreError(f"{what}.{field.name}: row {row} is NULL, declared NOT NULL")
 
 
 def content_version(table: pa.Table) -> str:
@@ -56,11 +81,20 @@ def content_version(table: pa.Table) -> str:
     """
     digest = hashlib.sha256()
     for field in table.schema:
-        digest.update(f"{field.name}:{field.type};".encode())
+        digest.update(f"{field.name}:{_type_name(field.type)};".encode())
         column = table.column(field.name)
-        _hash_array(digest, pa.concat_arrays(column.chunks) if column.num_chunks else
-                    pa.array([], type=field.type))
+        _hash_array(
+            digest,
+            pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=field.type),
+        )
     return digest.hexdigest()[:16]
+
+
+def _type_name(type_: pa.DataType) -> str:
+    """The type without the name of a list's values, which Parquet changes on the way."""
+    if pa.types.is_list(type_):
+        return f"list<item: {_type_name(type_.value_type)}>"
+    return str(type_)
 
 
 def _hash_array(digest: hashlib._Hash, array: pa.Array) -> None:

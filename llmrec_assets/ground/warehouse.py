@@ -11,6 +11,7 @@ another client holds the file open for writing.
 
 from __future__ import annotations
 
+import glob
 import os
 import uuid
 from collections import defaultdict
@@ -34,7 +35,11 @@ def view_statements(store: Store) -> list[str]:
         columns = ", ".join(
             f"{_quote(key)} AS {name}" for name, key in zip(names, keys, strict=False)
         )
-        reads[asset].append(f"SELECT {columns}, * FROM read_parquet({_quote(str(file))})")
+        # A home such as "runs*/recipe=tiny" is neither a pattern nor a partition.
+        path = _quote(glob.escape(str(file)))
+        reads[asset].append(
+            f"SELECT {columns}, * FROM read_parquet({path}, hive_partitioning = false)"
+        )
     return [
         f'CREATE VIEW "{asset}" AS ' + " UNION ALL BY NAME ".join(selects)
         for asset, selects in sorted(reads.items())

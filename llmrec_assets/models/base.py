@@ -20,9 +20,7 @@ from llmrec_assets.ground.sample_films import films
 from llmrec_assets.models.tiny import tiny_llama, tiny_tokenizer
 
 
-def prepare_base_model(
-    recipe: BaseModelRecipe, destination: Path
-) -> tuple[Path, dict[str, Any]]:
+def prepare_base_model(recipe: BaseModelRecipe, destination: Path) -> tuple[Path, dict[str, Any]]:
     """Writes ``model.safetensors``, config, tokenizer and chat template into ``destination``.
 
     Args:

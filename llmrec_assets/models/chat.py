@@ -44,8 +44,10 @@ def completion_ids(tokenizer: Any, prompt: str, completion: str) -> list[int]:
         **_TEMPLATE_VARIABLES,
     )
     if not whole.startswith(start):
-        raise ValueError("the chat template does not render the prompt alone as it does before an "
-                         "answer; use a template whose generation prompt is a prefix")
+        raise ValueError(
+            "the chat template does not render the prompt alone as it does before an "
+            "answer; use a template whose generation prompt is a prefix"
+        )
     # Templates put a line break between turns; after the last one there is nothing to learn.
     return tokenizer(whole[len(start) :].rstrip("\n"), add_special_tokens=False)["input_ids"]
 

@@ -54,7 +54,8 @@ def generate_responses(
         batch = order[start : start + recipe.batch_size]
         torch.manual_seed(seed + start)
         for index, response in zip(
-            batch, _generate_batch(model, tokenizer, [asked[i] for i in batch], recipe, stops),
+            batch,
+            _generate_batch(model, tokenizer, [asked[i] for i in batch], recipe, stops),
             strict=True,
         ):
             responses[index] = response
@@ -77,11 +78,14 @@ def _generate_batch(
     width = max(map(len, asked))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(a)) + a for a in asked], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(a)) + [1] * len(a) for a in asked], device=model.device
-    )
+    mask = torch.tensor([[0] * (width - len(a)) + [1] * len(a) for a in asked], device=model.device)
     # An Instruct model's own generation config carries top_k and top_p: always pass all four.
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_k": None,
+        "top_p": None,
+    }
     if recipe.do_sample:
         sampling = {
             "do_sample": True,

@@ -76,6 +76,40 @@ def tokenize_examples(
     return examples
 
 
+class _CompletionTrainer(SFTTrainer):
+    """``SFTTrainer`` whose loss projects completion positions only, by plain PyTorch.
+
+    TRL's own fused head does the same in tiles, as a Triton kernel on a GPU; where there is no
+    Triton its tile-by-tile fallback takes two fifths of a step (SmolLM2, 2 cores, profiled).
+    The loss is the same: the mean negative log-likelihood over labelled tokens.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"]
+        labelled = labels != -100
+        # Position t is predicted from t - 1; rows are padded on the right.
+        first = int(labelled.any(dim=0).nonzero()[0])
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            logits_to_keep=labels.shape[1] - first + 1,
+        )
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1).float(),
+            labels[:, first:].flatten(),
+            ignore_index=-100,
+            reduction="sum",
+        ) / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
 class _ReportProgress(TrainerCallback):
     """Turns trainer logs into progress events and marks complete checkpoints."""
 
@@ -157,7 +191,8 @@ def train_sft(
     work_dir.mkdir(parents=True, exist_ok=True)
     resume_from = last_complete_checkpoint(work_dir)
 
-    trainer = SFTTrainer(
+    trainer_class = SFTTrainer if device.type == "cuda" else _CompletionTrainer
+    trainer = trainer_class(
         model=model,
         args=SFTConfig(
             output_dir=str(work_dir),
@@ -203,6 +238,8 @@ def train_sft(
 
     adapter_dir = work_dir / "adapter"
     shutil.rmtree(adapter_dir, ignore_errors=True)
+    # The base model goes by its version: a machine's path has no business in a checkpoint.
+    trainer.model.peft_config["default"].base_model_name_or_path = base_dir.name
     trainer.model.save_pretrained(adapter_dir)
     (adapter_dir / "README.md").unlink(missing_ok=True)
     seconds = time.monotonic() - started

@@ -57,6 +57,9 @@ def tiny_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
                 num_key_value_heads=2,
                 max_position_embeddings=2048,
                 tie_word_embeddings=True,
+                # Tied embeddings at the usual 0.02 bound the logits to about ±1, and LoRA leaves
+                # them alone: nothing could be learnt.
+                initializer_range=0.15,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,

@@ -7,6 +7,7 @@ number itself.
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from llmrec_assets.ground.plots import line_plot
+from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.store import Store, checkpoint_version, read_manifest
 from llmrec_assets.ground.tables import conform, content_version
@@ -107,24 +110,25 @@ def checkpoint_result(
     """
     asset, partition = context.asset_key.path[-1], context.partition_key
     version = checkpoint_version(asset, determinants)
-    found = None if config.force else store.find_intact(asset, partition, version)
-    if found is None:
-        work = store.work_directory(asset, partition, version)
-        files, facts = build(work)
-        path = store.publish_checkpoint(
-            asset,
-            partition,
-            version,
-            files,
-            determinants=determinants,
-            facts={**facts, "run_id": context.run_id},
-        )
-        store.remove_work(work)
-        context.log.info(f"published {asset} version {path.name}")
-    else:
-        path = found
-        store.adopt(asset, partition, path.name)
-        context.log.info(f"{asset} version {path.name} is already published and intact: reused")
+    with _one_builder(store, asset, partition, context.log.info):
+        found = None if config.force else store.find_intact(asset, partition, version)
+        if found is None:
+            work = store.work_directory(asset, partition, version)
+            files, facts = build(work)
+            path = store.publish_checkpoint(
+                asset,
+                partition,
+                version,
+                files,
+                determinants=determinants,
+                facts={**facts, "run_id": context.run_id},
+            )
+            store.remove_work(work)
+            context.log.info(f"published {asset} version {path.name}")
+        else:
+            path = found
+            store.adopt(asset, partition, path.name)
+            context.log.info(f"{asset} version {path.name} is already published, intact: reused")
     manifest = read_manifest(path)
     size = sum(fact["bytes"] for fact in manifest["files"].values())
     return dg.MaterializeResult(
@@ -141,26 +145,24 @@ def checkpoint_result(
     )
 
 
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table; text that came from a model or a user is escaped."""
-    if frame.empty and not len(frame.columns):
-        return "no rows"
-    lines = [
-        "| " + " | ".join(map(str, frame.columns)) + " |",
-        "|" + "---|" * len(frame.columns),
-    ]
-    for row in frame.itertuples(index=False):
-        lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
-        return ""
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    text = text.replace("\n", " ⏎ ")
-    return text if len(text) <= 300 else text[:300] + " …"
+@contextlib.contextmanager
+def _one_builder(
+    store: Store, asset: str, partition: str, say: Callable[[str], None]
+) -> Iterator[None]:
+    """One process at a time builds an asset's partition: two would share a work directory. The
+    second then finds the version published. A dead builder's lock is free."""
+    directory = Path(str(store.root)) / "work"
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / f".{asset}-{partition.replace('|', '-')}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process is making {asset} for {partition}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def curve(points: Sequence[Sequence[float]], x: str, y: str) -> dg.MetadataValue:

@@ -283,8 +283,8 @@ def test_damaged_bytes_raise_nothing_but_data_errors(
         (directory / name).write_bytes(bytes(content) if name == file else original)
     try:
         tables = all_tables(directory, "ml-100k")
-    except DataError as error:
-        assert str(error)
+    except DataError:
+        pass  # refused in words is fine; any other exception fails the test
     else:
         for frame, schema in zip(
             tables, (schemas.RATINGS, schemas.MOVIES, schemas.USERS), strict=True

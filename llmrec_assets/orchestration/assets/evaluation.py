@@ -4,13 +4,18 @@ import dagster as dg
 import pandas as pd
 
 from llmrec_assets.ground import evaluation, report
-from llmrec_assets.ground.stages import RECOMMENDATION_TABLES, current_stages
+from llmrec_assets.ground.stages import (
+    RECOMMENDATION_TABLES,
+    current_stages,
+    missing_stages,
+    require_current,
+)
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
 from llmrec_assets.orchestration.resources import StoreResource
-from llmrec_assets.orchestration.results import TableResult, markdown_table, table_result
+from llmrec_assets.orchestration.results import TableResult, table_result
 
 GROUP = "evaluation"
 
@@ -40,10 +45,14 @@ def user_metrics(
 
 @dg.asset(**table_options("metric_table", GROUP), partitions_def=run_partitions)
 def metric_table(
-    context: dg.AssetExecutionContext, config: RunConfig, user_metrics: pd.DataFrame
+    context: dg.AssetExecutionContext,
+    config: RunConfig,
+    prompts: StoredTable,
+    user_metrics: pd.DataFrame,
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
     recipe = recipe_of(context)
+    require_current(user_metrics, prompts.version)
     frame = evaluation.metric_table(
         user_metrics, recipe.evaluation, seed=config.seed_of(recipe), top_k=recipe.windows.top_k
     )
@@ -51,9 +60,13 @@ def metric_table(
         "metric_table",
         frame,
         {
-            "table": dg.MetadataValue.md(markdown_table(report.readable(frame))),
+            "table": dg.MetadataValue.md(report.markdown_table(report.readable(frame))),
+            "missing_or_stale_stages": missing_stages(frame) or "none",
             "base_model": recipe.base_model.label,
-            **{f"ndcg_{r.stage}_{r.information_set}": float(r.ndcg) for r in frame.itertuples()},
+            **{
+                f"ndcg_{row['stage']}_{row['information_set']}": float(row["ndcg"])
+                for row in frame.to_dict("records")
+            },
         },
     )
 
@@ -83,5 +96,5 @@ def sample_recommendations(
     return table_result(
         "sample_recommendations",
         frame,
-        {"table": dg.MetadataValue.md(markdown_table(frame.drop(columns=["window_index"])))},
+        {"table": dg.MetadataValue.md(report.markdown_table(frame.drop(columns=["window_index"])))},
     )

@@ -114,6 +114,8 @@ def prompts(
             "template": recipe.prompts.template,
             "example": "none"
             if example is None
-            else dg.MetadataValue.md(f"~~~text\n{example['prompt']}\n\n{example['completion']}\n~~~"),
+            else dg.MetadataValue.md(
+                f"~~~text\n{example['prompt']}\n\n{example['completion']}\n~~~"
+            ),
         },
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground.baselines import popularity_recommendations
 from llmrec_assets.ground.answers import ground_responses, validity
+from llmrec_assets.ground.baselines import popularity_recommendations
 from llmrec_assets.ground.recommendations import evaluated_prompts, seen_sets
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import table_options
@@ -47,9 +47,7 @@ def _answer(
     return table_result(f"{stage}_responses", answers.frame, answers.facts)
 
 
-@dg.asset(
-    **table_options("base_responses", GROUP), partitions_def=run_partitions, pool=GPU_POOL
-)
+@dg.asset(**table_options("base_responses", GROUP), partitions_def=run_partitions, pool=GPU_POOL)
 def base_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,

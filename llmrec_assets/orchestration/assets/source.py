@@ -20,12 +20,13 @@ GROUP = "source"
 
 
 @dg.asset(
-    **directory_options("movielens_files", GROUP, "python", "file"), partitions_def=dataset_partitions
+    **directory_options("movielens_files", GROUP, "python", "file"),
+    partitions_def=dataset_partitions,
 )
 def movielens_files(
     context: dg.AssetExecutionContext, config: RunConfig, storage: StoreResource
 ) -> dg.MaterializeResult[Path]:
-    """The data set's original files: the user's own, an earlier download, or the official archive."""
+    """The original files: the user's own, an earlier download, or the official archive."""
     store, dataset = storage.store(), dataset_of(context)
     found = sources.locate(
         dataset,
@@ -48,9 +49,7 @@ def movielens_files(
 
 
 @dg.asset(**table_options("movies", GROUP), partitions_def=dataset_partitions)
-def movies(
-    context: dg.AssetExecutionContext, movielens_files: Path
-) -> TableResult:
+def movies(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResult:
     """Films: title, year, release date, genres, and the canonical id of titles under two ids."""
     frame = movielens.read_movies(movielens_files, dataset_of(context))
     second_ids = int((frame["movie_id"] != frame["canonical_movie_id"]).sum())
@@ -58,9 +57,7 @@ def movies(
 
 
 @dg.asset(**table_options("users", GROUP), partitions_def=dataset_partitions)
-def users(
-    context: dg.AssetExecutionContext, movielens_files: Path
-) -> TableResult:
+def users(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResult:
     """User profiles: age or age band, gender, occupation, ZIP code, city and state (paper §3.1)."""
     frame = movielens.read_users(movielens_files, dataset_of(context))
     placed = float(frame["city"].notna().mean())

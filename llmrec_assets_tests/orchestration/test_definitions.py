@@ -1,0 +1,293 @@
+"""The public graph, pinned: a change to it is seen in review."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+import pytest
+
+from llmrec_assets.definitions import build_defs
+from llmrec_assets.ground.recipes import recipe_names
+from llmrec_assets.ground.schemas import SCHEMAS
+from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.resources import GPU_POOL, StoreResource
+from llmrec_assets.runs import CONFIGURABLE
+
+if TYPE_CHECKING:
+    from conftest import Home
+
+PROJECT = Path(__file__).resolve().parents[2]
+HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "matplotlib"]
+
+RECOMMENDATIONS = {"base_recommendations", "sft_recommendations", "baseline_recommendations"}
+GROUNDED = {"interaction_windows", "ratings", "movies"}
+
+# asset: (group, partition, upstream, pool, IO manager, blocking checks)
+GRAPH = {
+    "movielens_files": ("source", "dataset", set(), None, "directory_io", set()),
+    "movies": ("source", "dataset", {"movielens_files"}, None, "table_io", set()),
+    "users": ("source", "dataset", {"movielens_files"}, None, "table_io", set()),
+    "ratings": (
+        "source",
+        "dataset",
+        {"movielens_files", "users", "movies"},
+        None,
+        "table_io",
+        set(),
+    ),
+    "user_splits": (
+        "prompts",
+        "dataset|recipe",
+        {"users"},
+        None,
+        "table_io",
+        {"no_user_in_two_splits"},
+    ),
+    "interaction_windows": (
+        "prompts",
+        "dataset|recipe",
+        {"ratings", "movies", "user_splits"},
+        None,
+        "table_io",
+        {"no_leak"},
+    ),
+    "prompts": (
+        "prompts",
+        "dataset|recipe",
+        {"interaction_windows", "users", "movies"},
+        None,
+        "table_io",
+        {"prompts_show_their_windows_only"},
+    ),
+    "base_model": ("models", "recipe", set(), None, "directory_io", set()),
+    "sft_checkpoint": (
+        "models",
+        "dataset|recipe",
+        {"prompts", "base_model"},
+        "gpu",
+        "directory_io",
+        set(),
+    ),
+    "base_responses": (
+        "recommendations",
+        "dataset|recipe",
+        {"prompts", "base_model"},
+        "gpu",
+        "table_io",
+        set(),
+    ),
+    "sft_responses": (
+        "recommendations",
+        "dataset|recipe",
+        {"prompts", "base_model", "sft_checkpoint"},
+        "gpu",
+        "table_io",
+        set(),
+    ),
+    "base_recommendations": (
+        "recommendations",
+        "dataset|recipe",
+        {"base_responses", *GROUNDED},
+        None,
+        "table_io",
+        set(),
+    ),
+    "sft_recommendations": (
+        "recommendations",
+        "dataset|recipe",
+        {"sft_responses", *GROUNDED},
+        None,
+        "table_io",
+        set(),
+    ),
+    "baseline_recommendations": (
+        "recommendations",
+        "dataset|recipe",
+        {"prompts", "user_splits", "ratings", "movies"},
+        None,
+        "table_io",
+        set(),
+    ),
+    "user_metrics": (
+        "evaluation",
+        "dataset|recipe",
+        {"prompts", "movies", *RECOMMENDATIONS},
+        None,
+        "table_io",
+        set(),
+    ),
+    "metric_table": (
+        "evaluation",
+        "dataset|recipe",
+        {"prompts", "user_metrics"},
+        None,
+        "table_io",
+        set(),
+    ),
+    "sample_recommendations": (
+        "evaluation",
+        "dataset|recipe",
+        {"prompts", "interaction_windows", "movies", *RECOMMENDATIONS},
+        None,
+        "table_io",
+        set(),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def graph() -> dg.AssetGraph:
+    return build_defs().resolve_asset_graph()
+
+
+def _shape(partitions: dg.PartitionsDefinition | None) -> str:
+    if isinstance(partitions, dg.MultiPartitionsDefinition):
+        return "|".join(sorted(d.name for d in partitions.partitions_defs))
+    keys = set(partitions.get_partition_keys()) if partitions else set()
+    known = {
+        "dataset": {"sample", "ml-100k", "ml-1m"},
+        "recipe": set(recipe_names()),
+    }
+    return next((name for name, expected in known.items() if keys == expected), f"{keys}")
+
+
+def test_the_public_graph_is_the_declared_one(graph: dg.AssetGraph) -> None:
+    found = {}
+    for node in graph.asset_nodes:
+        definition = node.assets_def
+        found[node.key.to_user_string()] = (
+            node.group_name,
+            _shape(node.partitions_def),
+            {key.to_user_string() for key in node.parent_keys},
+            definition.op.pool,
+            definition.get_io_manager_key_for_asset_key(node.key),
+            {spec.name for spec in definition.check_specs if spec.blocking},
+        )
+        assert all(spec.blocking for spec in definition.check_specs), node.key
+    assert found == GRAPH
+
+
+def test_no_asset_falls_back_to_the_pickling_io_manager() -> None:
+    defs = build_defs()
+    assert "io_manager" not in defs.resources
+    assert {entry[4] for entry in GRAPH.values()} <= set(defs.resources)
+
+
+def test_every_asset_says_what_it_is_whose_and_how_it_is_kept(graph: dg.AssetGraph) -> None:
+    for node in graph.asset_nodes:
+        name = node.key.to_user_string()
+        assert node.description and len(node.description) > 20, name
+        assert node.owners, name
+        assert node.kinds, name
+        assert node.code_version, name
+        if name in SCHEMAS:
+            shown = node.metadata["dagster/column_schema"]
+            assert [c.name for c in shown.columns] == SCHEMAS[name].names
+            assert all(c.description for c in shown.columns), name
+            nullable = {c.name for c in shown.columns if c.constraints.nullable}
+            assert nullable == {f.name for f in SCHEMAS[name] if f.nullable}
+    assert {n for n, entry in GRAPH.items() if entry[4] == "table_io"} == set(SCHEMAS)
+
+
+def test_whatever_takes_run_config_takes_the_override_of_the_command_line(
+    graph: dg.AssetGraph,
+) -> None:
+    def takes_run_config(node: object) -> bool:
+        fields = getattr(node.assets_def.op.config_schema.config_type, "fields", {})
+        return set(fields) == set(RunConfig.model_fields)
+
+    takers = {node.key.to_user_string() for node in graph.asset_nodes if takes_run_config(node)}
+    assert takers == CONFIGURABLE
+
+
+def test_the_jobs_cover_every_asset_once(graph: dg.AssetGraph) -> None:
+    defs = build_defs()
+    jobs = ["source_data", "prepare_base_model", "recommender"]
+    covered = [
+        key.to_user_string()
+        for job in jobs
+        for key in defs.resolve_job_def(job).asset_layer.executable_asset_keys
+    ]
+    assert sorted(covered) == sorted(GRAPH)
+
+
+def test_the_settings_give_the_gpu_pool_one_place() -> None:
+    import yaml
+
+    settings = yaml.safe_load((PROJECT / "dagster.yaml").read_text())
+    assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
+    assert settings["run_monitoring"]["enabled"] is True
+    assert settings["run_monitoring"]["free_slots_after_run_end_seconds"] <= 60
+    assert {n for n, entry in GRAPH.items() if entry[3] == GPU_POOL} == {
+        "sft_checkpoint",
+        "base_responses",
+        "sft_responses",
+    }
+
+
+def test_another_store_replaces_the_one_of_the_io_managers_too(tmp_path: Path) -> None:
+    other = StoreResource(location=str(tmp_path / "elsewhere"))
+    defs = build_defs(resource_overrides={"storage": other})
+    assert defs.resources["storage"] is other
+    dg.Definitions.validate_loadable(defs)
+    job = defs.resolve_job_def("source_data")
+    table_io = job.resource_defs["table_io"]
+    with dg.build_resources({"table_io": defs.resources["table_io"]}) as built:
+        assert Path(str(built.table_io.storage.store().root)) == tmp_path / "elsewhere"
+    assert table_io is not None
+
+
+def test_loading_the_definitions_imports_no_model_library() -> None:
+    script = (
+        "import json, sys; import llmrec_assets.definitions; "
+        f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT, check=True
+    )
+    assert json.loads(done.stdout) == []
+
+
+#: Put on PYTHONPATH as ``sitecustomize``: notes imports in every process, code servers included.
+WATCH_IMPORTS = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        with open(os.environ["IMPORTS_SEEN"], "a") as seen:
+            print(name, file=seen)
+
+sys.meta_path.insert(0, Watch())
+"""
+
+
+def test_dagster_validates_the_workspace_in_a_bearable_time_without_torch(
+    new_home: Callable[..., Home], tmp_path: Path
+) -> None:
+    home = new_home()
+    home.instance().dispose()
+    (tmp_path / "sitecustomize.py").write_text(WATCH_IMPORTS)
+    seen = tmp_path / "seen"
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],
+        env=home.environment(PYTHONPATH=str(tmp_path), IMPORTS_SEEN=str(seen)),
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+    )
+    seconds = time.monotonic() - started
+    print(f"dagster definitions validate: {seconds:.1f} s")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Validation successful for code location llmrec_assets" in done.stdout + done.stderr
+    imported = set(seen.read_text().split())
+    assert "llmrec_assets.orchestration.assets" in imported
+    assert not imported & set(HEAVY)
+    assert seconds < 15  # a few on a quiet machine: catches torch at the top of a module, no more
