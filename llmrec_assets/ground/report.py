@@ -73,6 +73,12 @@ def _cell(value: Any) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and value != value):
         return ""
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    text = text.replace("\n", " ⏎ ")
-    return text if len(text) <= 300 else text[:300] + " …"
+    text = text if len(text) <= 300 else text[:300] + " …"
+    text = " ⏎ ".join(text.splitlines())
+    # Entities rather than backslashes: they mean the same to every Markdown renderer, also in code.
+    escaped = "".join(_ESCAPED.get(character, character) for character in text)
+    return escaped.replace("](", "]&#40;")
+
+
+#: What could start markup, a picture or a new cell; a link needs "](", which ``_cell`` breaks.
+_ESCAPED = {character: f"&#{ord(character)};" for character in "&<|\\`*_!~"}

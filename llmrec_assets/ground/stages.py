@@ -7,11 +7,12 @@ missing or stale. What does not: scoring them (``evaluation``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
 from llmrec_assets.ground.errors import DataError
-from llmrec_assets.ground.store import Store
+from llmrec_assets.ground.store import Store, read_manifest
 
 #: Tables that hold recommendations for the test windows, and the stages each brings.
 STAGES_OF_TABLE = {
@@ -79,3 +80,21 @@ def require_current(user_metrics: pd.DataFrame, prompts_version: str) -> None:
             f"user_metrics is stale: it scores answers to the prompts {', '.join(sorted(others))}, "
             f"the current ones are {prompts_version}; materialize user_metrics again"
         )
+
+
+def require_trained_on(checkpoint: Path, *, prompts: str, base_model: str) -> None:
+    """Refuses a checkpoint of other prompts or of another base model than the current ones.
+
+    Prompts of another seed split the users anew: a checkpoint trained on them may have learnt
+    from today's test users.
+
+    Raises:
+        DataError: the checkpoint's manifest names another version.
+    """
+    determinants = read_manifest(checkpoint)["determinants"]
+    for name, version in (("prompts", prompts), ("base_model", base_model)):
+        if determinants.get(name) != version:
+            raise DataError(
+                f"checkpoint {checkpoint.name} was trained on {name} {determinants.get(name)}, the "
+                f"current version is {version}: materialize the checkpoint again first"
+            )

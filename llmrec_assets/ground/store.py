@@ -76,6 +76,11 @@ class Store:
             path = UPath(Path(path.path).expanduser().resolve())
         return cls(path, keep_versions)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is a directory of this machine rather than object storage."""
+        return _is_local(self.root)
+
     # -- tables ---------------------------------------------------------------------------
 
     def publish_table(self, asset: str, partition: str, frame: pd.DataFrame | pa.Table) -> str:

@@ -46,8 +46,13 @@ def view_statements(store: Store) -> list[str]:
     ]
 
 
-def publish_warehouse(store: Store) -> Path:
-    """Builds ``warehouse.duckdb`` for the tables that are current now and publishes it."""
+def publish_warehouse(store: Store) -> Path | None:
+    """Builds ``warehouse.duckdb`` for the tables that are current now and publishes it.
+
+    A home on object storage has no local file to publish and gives None.
+    """
+    if not store.is_local:
+        return None
     root = Path(str(store.root))
     target = root / WAREHOUSE
     with store_lock(store.root, "warehouse"):

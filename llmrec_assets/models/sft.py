@@ -191,37 +191,42 @@ def train_sft(
     work_dir.mkdir(parents=True, exist_ok=True)
     resume_from = last_complete_checkpoint(work_dir)
 
+    config = SFTConfig(
+        output_dir=str(work_dir),
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler,
+        warmup_steps=recipe.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=recipe.weight_decay,
+        optim="adamw_torch",
+        max_length=None,  # checked above; nothing is cut
+        packing=False,
+        # Not grouped by length: that sampler draws from the global generator, which a resume in
+        # the middle of a later epoch has not restored yet.
+        train_sampling_strategy="random",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        full_determinism=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    # Only the leased card: the trainer would spread over all it sees.
+    config._n_gpu = min(config.n_gpu, 1)
     trainer_class = SFTTrainer if device.type == "cuda" else _CompletionTrainer
     trainer = trainer_class(
         model=model,
-        args=SFTConfig(
-            output_dir=str(work_dir),
-            per_device_train_batch_size=recipe.micro_batch_size,
-            gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
-            num_train_epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=recipe.lr_scheduler,
-            warmup_steps=recipe.warmup_ratio,  # below 1: a share of all steps
-            weight_decay=recipe.weight_decay,
-            optim="adamw_torch",
-            max_length=None,  # checked above; nothing is cut
-            packing=False,
-            train_sampling_strategy="group_by_length",
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            bf16=dtype == torch.bfloat16,
-            use_cpu=device.type == "cpu",
-            seed=seed,
-            data_seed=seed,
-            full_determinism=False,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="steps",
-            save_steps=recipe.save_steps,
-            save_total_limit=2,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=device.type == "cuda",
-        ),
+        args=config,
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=LoraConfig(
@@ -240,7 +245,8 @@ def train_sft(
     shutil.rmtree(adapter_dir, ignore_errors=True)
     # The base model goes by its version: a machine's path has no business in a checkpoint.
     trainer.model.peft_config["default"].base_model_name_or_path = base_dir.name
-    trainer.model.save_pretrained(adapter_dir)
+    # Embeddings are untouched; left to itself, peft would ask the hub about them.
+    trainer.model.save_pretrained(adapter_dir, save_embedding_layers=False)
     (adapter_dir / "README.md").unlink(missing_ok=True)
     seconds = time.monotonic() - started
     resumed_at = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0

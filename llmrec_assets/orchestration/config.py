@@ -6,14 +6,19 @@ from pydantic import Field
 from llmrec_assets.ground.recipes import Recipe
 
 
-class RunConfig(dg.Config):
-    """Launch-time options of a step; the defaults are what a schedule or a backfill uses."""
+class ForceConfig(dg.Config):
+    """Launch-time option of a step without randomness."""
 
     force: bool = Field(
         default=False,
         description="Train again although this version is already published; publishes a further "
         "attempt beside it.",
     )
+
+
+class RunConfig(ForceConfig):
+    """Launch-time options of a step; the defaults are what a schedule or a backfill uses."""
+
     seed: int | None = Field(default=None, description="Overrides the recipe's seed.")
 
     def seed_of(self, recipe: Recipe) -> int:

@@ -5,10 +5,10 @@ a device or a dtype (``models.device``), publishing (``ground.store``).
 """
 
 import contextlib
-import getpass
 import json
 import multiprocessing
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from filelock import FileLock, Timeout
 
+from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.store import Store
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class GpuResource(dg.ConfigurableResource[Any]):
         holder = directory / f"{device.key}.json"
         self._acquire(lock, holder, log, device.name)
         try:
-            holder.write_text(json.dumps({"pid": os.getpid(), "who": who, "since": time.time()}))
+            _write_holder(holder, {"pid": os.getpid(), "who": who, "since": time.time()})
             log.info(f"{who} has the device {device.name}")
             yield device
         finally:
@@ -102,10 +103,27 @@ class GpuResource(dg.ConfigurableResource[Any]):
                     )
 
     def _lock_directory(self) -> Path:
-        default = Path(tempfile.gettempdir()) / f"llmrec-locks-{getpass.getuser()}"
-        directory = Path(self.lock_dir or os.environ.get("LLMREC_LOCK_DIR") or default)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        named = self.lock_dir or os.environ.get("LLMREC_LOCK_DIR")
+        if named:
+            directory = Path(named)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return directory
+        directory = Path(tempfile.gettempdir()) / f"llmrec-locks-{os.getuid()}"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        # The name can be guessed: whoever made the directory first could plant links in it.
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise StoreError(
+                f"{directory} belongs to somebody else or is open to others: remove it, or name "
+                "another directory with LLMREC_LOCK_DIR"
+            )
         return directory
+
+
+def _write_holder(path: Path, fact: dict[str, Any]) -> None:
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(fact))
+    os.replace(aside, path)
 
 
 def _read_holder(path: Path) -> str:

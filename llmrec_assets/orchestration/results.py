@@ -22,7 +22,7 @@ from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.store import Store, checkpoint_version, read_manifest
 from llmrec_assets.ground.tables import conform, content_version
-from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.config import ForceConfig
 
 _PREVIEW_ROWS = 5
 
@@ -95,7 +95,7 @@ def checked_table_result(
 def checkpoint_result(
     context: dg.AssetExecutionContext,
     store: Store,
-    config: RunConfig,
+    config: ForceConfig,
     determinants: Mapping[str, Any],
     build: Callable[[Path], tuple[Path, dict[str, Any]]],
     describe: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
@@ -111,7 +111,11 @@ def checkpoint_result(
     asset, partition = context.asset_key.path[-1], context.partition_key
     version = checkpoint_version(asset, determinants)
     with _one_builder(store, asset, partition, context.log.info):
-        found = None if config.force else store.find_intact(asset, partition, version)
+        intact = store.find_intact(asset, partition, version)
+        if intact is not None:
+            # Left by a kill between publishing and tidying up: a forced attempt must not resume it.
+            store.remove_work(store.work_directory(asset, partition, version))
+        found = None if config.force else intact
         if found is None:
             work = store.work_directory(asset, partition, version)
             files, facts = build(work)

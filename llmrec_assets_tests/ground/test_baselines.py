@@ -64,7 +64,7 @@ def test_recommendations_by_hand() -> None:
 
 
 def test_scored_like_any_other_recommender() -> None:
-    scores = user_metrics(_recommended(2), PROMPTS, MOVIES)
+    scores = user_metrics(_recommended(2).assign(recommendations_version="r"), PROMPTS, MOVIES)
     assert scores["information_set"].tolist() == ["history", "prompt"]
     assert scores["hits"].tolist() == [1, 1]
 

@@ -113,7 +113,7 @@ def test_an_empty_table_reads_as_nothing():
 def test_a_markdown_table_escapes_what_a_model_wrote():
     frame = pd.DataFrame(
         {
-            "text": ["<b>a|b</b>\nc & d", None],
+            "text": ["<b>a|b</b>\nc & d ![x](https://y.example) `*_", None],
             "score": [0.123456, np.nan],
             "ids": [[1, 2], []],
             "n": pd.array([1, None], dtype="Int16"),
@@ -122,7 +122,8 @@ def test_a_markdown_table_escapes_what_a_model_wrote():
     assert markdown_table(frame).split("\n") == [
         "| text | score | ids | n |",
         "|---|---|---|---|",
-        "| &lt;b>a\\|b&lt;/b> ⏎ c &amp; d | 0.1235 | [1, 2] | 1 |",
+        "| &#60;b>a&#124;b&#60;/b> ⏎ c &#38; d &#33;[x]&#40;https://y.example) &#96;&#42;&#95; "
+        "| 0.1235 | [1, 2] | 1 |",
         "|  |  | [] |  |",
     ]
 

@@ -1,6 +1,7 @@
 """Base models: every source, and what is said when one cannot be had."""
 
 import importlib.metadata
+import traceback
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrec_assets.ground.errors import ModelError
+from llmrec_assets.ground.model_files import fingerprint
 from llmrec_assets.ground.recipes import BaseModelRecipe, load_recipe
 from llmrec_assets.models.base import prepare_base_model
 
@@ -59,22 +61,39 @@ def test_what_is_not_there_is_named(values: dict, message: str, tmp_path: Path) 
     [
         (OSError("401 Client Error: gated repo"), "accept its licence .* HF_TOKEN"),
         (OSError("Connection error"), "check the network and the id"),
+        (RuntimeError("Illegal header value b'Bearer secret-token-value'"), "check the network"),
     ],
 )
 def test_the_hub_refusing_says_what_to_do(
-    refusal: OSError, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refusal: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-token-value")
 
     def refuse(*args, **kwargs):
-        assert kwargs["token"] == "secret-token-value"
+        assert "token" not in kwargs, "the hub client reads and cleans it itself"
         assert kwargs["use_safetensors"] is True
         raise refusal
 
     monkeypatch.setattr("llmrec_assets.models.base.AutoTokenizer.from_pretrained", refuse)
     with pytest.raises(ModelError, match=message) as caught:
         prepare_base_model(load_recipe("paper").base_model, tmp_path / "files")
-    assert "secret-token-value" not in str(caught.value)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "Bearer" not in shown
+    assert "secret-token-value" not in shown.replace('"secret-token-value"', "")
+
+
+def test_another_model_under_the_same_name_has_another_fingerprint(tmp_path: Path) -> None:
+    recipe = _recipe(source="directory", name=str(tmp_path / "m"))
+    prepare_base_model(_recipe(source="tiny", name="t", seed=1), tmp_path / "m")
+    first = fingerprint(recipe)
+    assert fingerprint(recipe) == first
+    prepare_base_model(_recipe(source="tiny", name="t", seed=2), tmp_path / "m")
+    assert fingerprint(recipe) != first
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"one")
+    one = fingerprint(_recipe(source="gguf", name=str(gguf)))
+    gguf.write_bytes(b"two")
+    assert fingerprint(_recipe(source="gguf", name=str(gguf))) != one
 
 
 def test_smollm2_from_its_package_answers_in_its_chat_format(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import filecmp
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -275,8 +276,16 @@ def test_only_runs_whose_own_process_is_gone_are_buried() -> None:
                 "llmrec/pid": str(mine.pid),
                 "llmrec/started": str(mine.create_time()),
             },
+            "another host's": {
+                "llmrec/pid": "999999999",
+                "llmrec/started": "1.0",
+                "llmrec/host": "elsewhere",
+            },
             "the daemon's": {},
         }
+        for own in tags.values():
+            if own:
+                own.setdefault("llmrec/host", socket.gethostname())
         runs = {
             name: instance.create_run_for_job(
                 _job(), tags=own, status=dg.DagsterRunStatus.STARTED
@@ -291,6 +300,7 @@ def test_only_runs_whose_own_process_is_gone_are_buried() -> None:
         statuses = {name: instance.get_run_by_id(run_id).status for name, run_id in runs.items()}
     assert {n for n, status in statuses.items() if status == dg.DagsterRunStatus.STARTED} == {
         "this process",
+        "another host's",
         "the daemon's",
     }
 

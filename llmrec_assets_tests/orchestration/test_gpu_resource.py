@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -113,14 +114,20 @@ def pid_holding(process: subprocess.Popen[str]) -> int:
     return int(line_with(process, "HOLDING").split()[1])
 
 
-def line_with(process: subprocess.Popen[str], text: str) -> str:
+def line_with(process: subprocess.Popen[str], text: str, seconds: float = 60) -> str:
+    """The next line that holds ``text``; a process that does not print it in time is killed."""
     seen = []
     assert process.stdout
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            return line
-    raise AssertionError(f"no line with {text!r} in {seen}")
+    too_late = threading.Timer(seconds, process.kill)
+    too_late.start()
+    try:
+        for line in process.stdout:
+            seen.append(line)
+            if text in line:
+                return line
+    finally:
+        too_late.cancel()
+    raise AssertionError(f"no line with {text!r} within {seconds} s in {seen}")
 
 
 def test_no_two_processes_hold_the_device_at_once(taker, tmp_path: Path) -> None:

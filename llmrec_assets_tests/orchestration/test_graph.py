@@ -248,6 +248,23 @@ def test_stages_that_answer_other_prompts_are_left_out_of_the_table(
     assert set(table["prompts_version"]) == {home.current()["prompts"]}
 
 
+def test_a_checkpoint_trained_on_other_users_answers_nothing(
+    copied: tuple[Home, dg.DagsterInstance],
+) -> None:
+    """Another seed splits the users anew: today's test users may have trained that adapter."""
+    home, instance = copied
+    assert home.materialize(
+        instance, "user_splits", "interaction_windows", config={"seed": 2}
+    ).success
+    assert home.materialize(instance, "prompts").success
+    before = home.current()["sft_responses"]
+    result = home.materialize(instance, "sft_responses")
+    assert not result.success
+    assert "was trained on prompts" in failure(result)
+    assert "materialize the checkpoint again first" in failure(result)
+    assert home.current()["sft_responses"] == before
+
+
 def test_a_step_without_its_inputs_says_what_to_materialize(new_home) -> None:
     home = new_home()
     with home.instance() as instance:

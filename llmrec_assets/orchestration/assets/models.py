@@ -6,9 +6,10 @@ from typing import Any
 
 import dagster as dg
 
+from llmrec_assets.ground.model_files import fingerprint
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, directory_options
-from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.config import ForceConfig, RunConfig
 from llmrec_assets.orchestration.partitions import (
     recipe_of,
     recipe_partitions,
@@ -26,7 +27,7 @@ GROUP = "models"
     partitions_def=recipe_partitions,
 )
 def base_model(
-    context: dg.AssetExecutionContext, config: RunConfig, storage: StoreResource
+    context: dg.AssetExecutionContext, config: ForceConfig, storage: StoreResource
 ) -> dg.MaterializeResult[Path]:
     """The base LLM with tokenizer and chat template, converted once to safetensors."""
     recipe = recipe_of(context).base_model
@@ -36,7 +37,11 @@ def base_model(
 
         return prepare_base_model(recipe, work / "files")
 
-    determinants = {"recipe": recipe.model_dump(), "code": CODE_VERSION}
+    determinants = {
+        "recipe": recipe.model_dump(),
+        "source_sha256": fingerprint(recipe),
+        "code": CODE_VERSION,
+    }
     return checkpoint_result(context, storage.store(), config, determinants, build)
 
 

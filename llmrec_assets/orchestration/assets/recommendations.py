@@ -8,6 +8,7 @@ import pandas as pd
 from llmrec_assets.ground.answers import ground_responses, validity
 from llmrec_assets.ground.baselines import popularity_recommendations
 from llmrec_assets.ground.recommendations import evaluated_prompts, seen_sets
+from llmrec_assets.ground.stages import require_trained_on
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
@@ -31,6 +32,8 @@ def _answer(
     from llmrec_assets.models.answers import answer_test_prompts
 
     recipe = recipe_of(context)
+    if adapter is not None:
+        require_trained_on(adapter, prompts=prompts.version, base_model=base_model.name)
     with gpu.lease(context.log, f"{stage}_responses {context.partition_key}") as device:
         answers = answer_test_prompts(
             prompts.frame,

@@ -11,7 +11,7 @@ from llmrec_assets.orchestration.assets.common import (
     directory_options,
     table_options,
 )
-from llmrec_assets.orchestration.config import RunConfig
+from llmrec_assets.orchestration.config import ForceConfig
 from llmrec_assets.orchestration.partitions import dataset_of, dataset_partitions
 from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import TableResult, checkpoint_result, table_result
@@ -24,7 +24,7 @@ GROUP = "source"
     partitions_def=dataset_partitions,
 )
 def movielens_files(
-    context: dg.AssetExecutionContext, config: RunConfig, storage: StoreResource
+    context: dg.AssetExecutionContext, config: ForceConfig, storage: StoreResource
 ) -> dg.MaterializeResult[Path]:
     """The original files: the user's own, an earlier download, or the official archive."""
     store, dataset = storage.store(), dataset_of(context)
@@ -36,6 +36,7 @@ def movielens_files(
         log=context.log.info,
         download=storage.download,
     )
+    movielens.require_readable(found.directory, dataset)
     determinants = {
         "files": {name: fact.sha256 for name, fact in found.files.items()},
         "code": CODE_VERSION,
