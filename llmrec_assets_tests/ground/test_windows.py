@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec_assets.ground.leaks import window_problems
+from llmrec_assets.ground.movielens import read_movies
 from llmrec_assets.ground.recipes import SplitRecipe, WindowRecipe, WindowsPerUser
 from llmrec_assets.ground.schemas import INTERACTION_WINDOWS
 from llmrec_assets.ground.splits import split_users
@@ -226,3 +227,33 @@ def test_ml_100k_counts_equal_brute_force(balance) -> None:
     windows = interaction_windows(ratings, splits, recipe, 0)
     assert windows["user_id"].tolist() == sorted(users)
     assert window_problems(windows, ratings, splits, None, recipe) == []
+
+
+@pytest.mark.parametrize(("balance", "expected"), [("either", 45_911), ("both", 30_779)])
+def test_ml_100k_counts_equal_brute_force_with_films_under_two_ids(balance, expected) -> None:
+    """What the graph asks: a later liked film counts unless its other id was rated before."""
+    if not (DATA / "ml-100k" / "u.data").is_file():
+        pytest.skip(f"no MovieLens 100K in {DATA}; set LLMREC_DATA_DIR")
+    ratings = pd.read_csv(DATA / "ml-100k" / "u.data", sep="\t", names=RATINGS)
+    movies = read_movies(DATA / "ml-100k", "ml-100k")
+    found = valid_cutoffs(ratings, WindowRecipe(balance=balance), movies)
+
+    film_of = dict(zip(movies["movie_id"], movies["canonical_movie_id"], strict=True))
+    of_user: dict[int, list[tuple[int, int, int]]] = {}
+    for user, movie, rating, time in ratings[list(RATINGS)].values.tolist():
+        of_user.setdefault(user, []).append((time, movie, rating))
+    valid = set()
+    for user, history in of_user.items():
+        first: dict[int, tuple[int, int]] = {}
+        for time, movie, rating in sorted(history):
+            first.setdefault(film_of[movie], (time, rating))
+        last_liked = max((time for time, rating in first.values() if rating >= 3), default=0)
+        for cutoff in {time for time, _, _ in history}:
+            ratings_so_far = [rating for time, _, rating in history if time <= cutoff]
+            liked = sum(rating >= 3 for rating in ratings_so_far)
+            enough = (liked >= 5, len(ratings_so_far) - liked >= 5)
+            if (all(enough) if balance == "both" else any(enough)) and last_liked > cutoff:
+                valid.add((user, cutoff))
+    columns = found[["user_id", "cutoff_timestamp"]]
+    assert set(columns.itertuples(index=False, name=None)) == valid
+    assert len(valid) == expected
