@@ -82,9 +82,11 @@ def sft_checkpoint(
                 progress=report_progress(context),
             )
 
-    return checkpoint_result(
-        context, storage.store(), config, determinants, build, describe_training
-    )
+    def describe(facts: Mapping[str, Any]) -> dict[str, Any]:
+        expected = recipe.expected_peak_memory_gb
+        return {"expected_peak_memory_gb": expected, **describe_training(facts)}
+
+    return checkpoint_result(context, storage.store(), config, determinants, build, describe)
 
 
 def describe_training(facts: Mapping[str, Any]) -> dict[str, Any]:
