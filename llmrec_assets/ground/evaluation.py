@@ -2,8 +2,7 @@
 
 What belongs here: metrics per window and the table of means with intervals. What does not: the
 metrics' definitions (``metrics``), the bootstrap (``intervals``), and the lists themselves
-(``recommendations``, ``baselines``). What a scoring step needs of ``recommendations`` can be had
-from here too.
+(``recommendations``, ``baselines``).
 """
 
 from __future__ import annotations
@@ -19,27 +18,12 @@ from llmrec_assets.ground.metrics import ideal_dcg
 from llmrec_assets.ground.recipes import EvaluationRecipe
 from llmrec_assets.ground.recommendations import (
     LIST_KEY,
-    STAGE_ORDER,
     WINDOW_KEY,
     canonical_ids,
-    evaluated_prompts,
-    sample_recommendations,
-    seen_sets,
-    slots,
     stage_key,
     typed,
 )
 from llmrec_assets.ground.schemas import METRIC_TABLE, USER_METRICS
-
-__all__ = [
-    "STAGE_ORDER",
-    "evaluated_prompts",
-    "metric_table",
-    "sample_recommendations",
-    "seen_sets",
-    "slots",
-    "user_metrics",
-]
 
 _METRICS = ["ndcg", "precision", "recall"]
 _VERSIONS = ["prompts_version", "recommendations_version"]

@@ -211,7 +211,6 @@ def train_sft(
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
-        full_determinism=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",

@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 
 from llmrec_assets.ground import metrics
 from llmrec_assets.ground.errors import DataError
-from llmrec_assets.ground.evaluation import (
+from llmrec_assets.ground.evaluation import metric_table, user_metrics
+from llmrec_assets.ground.recipes import EvaluationRecipe
+from llmrec_assets.ground.recommendations import (
     evaluated_prompts,
-    metric_table,
+    recommendation_frame,
     sample_recommendations,
     seen_sets,
     slots,
-    user_metrics,
 )
-from llmrec_assets.ground.recipes import EvaluationRecipe
-from llmrec_assets.ground.recommendations import recommendation_frame
 from llmrec_assets.ground.schemas import (
     METRIC_TABLE,
     RECOMMENDATIONS,

@@ -3,7 +3,7 @@
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground import evaluation, report
+from llmrec_assets.ground import evaluation, recommendations, report
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
     current_stages,
@@ -86,7 +86,7 @@ def sample_recommendations(
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
     stages = current_stages(storage.store(), context.partition_key, prompts.version)
-    frame = evaluation.sample_recommendations(
+    frame = recommendations.sample_recommendations(
         prompts.frame,
         interaction_windows,
         movies,
