@@ -138,15 +138,10 @@ def train_group_rl(
 
     Raises:
         DataError: there is no training prompt.
-        RecipeError: ``recipe.method`` is PPO, or the adapter has dropout.
+        RecipeError: ``recipe.method`` is PPO.
     """
     if recipe.method == "ppo":
         raise RecipeError("rlhf.method is ppo: train it by ppo.train_ppo, or set grpo or rloo")
-    if recipe.lora.dropout:
-        raise RecipeError(
-            f"rlhf.lora.dropout is {recipe.lora.dropout}: {recipe.method} compares a policy with "
-            "itself and trains without dropout; set it to 0"
-        )
     train = prompts[prompts["split"] == "train"].sort_values(["user_id", "window_index"])
     if train.empty:
         raise DataError(

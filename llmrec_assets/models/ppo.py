@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmrec_assets.ground.errors import DataError, ModelError, RecipeError
+from llmrec_assets.ground.errors import DataError, ModelError
 from llmrec_assets.ground.recipes import RlhfRecipe
 from llmrec_assets.models import ppo_losses as losses
 from llmrec_assets.models.chat import completion_ids, prompt_ids, stop_ids
@@ -318,7 +318,6 @@ def train_ppo(
 
     Raises:
         DataError: there is no training prompt.
-        RecipeError: the adapter has dropout.
         ValueError: what the recipe's reward needs is not given.
     """
     train = prompts[prompts["split"] == "train"].sort_values(["user_id", "window_index"])
@@ -327,11 +326,6 @@ def train_ppo(
             f"PPO has no training prompt: none of the {len(prompts)} prompts is of the training "
             "split, and users of other splits are never trained on; raise splits.train or lower "
             "windows.min_per_class in the recipe"
-        )
-    if recipe.lora.dropout:
-        raise RecipeError(
-            f"rlhf.lora.dropout is {recipe.lora.dropout}: PPO compares a policy with itself and "
-            "trains without dropout; set it to 0"
         )
     started = time.monotonic()
     dtype = usable_dtype(device, recipe.dtype)

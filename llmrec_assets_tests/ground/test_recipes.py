@@ -178,6 +178,7 @@ def test_every_offending_key_is_named_at_once(tmp_path):
         ("dpo.micro_batch_size", 3, r"  dpo: .*batch_size 1.*micro_batch_size 3"),
         ("rlhf.micro_batch_size", 3, r"  rlhf: .*batch_size 16.*micro_batch_size 3"),
         ("rlhf.samples_per_prompt", 3, r"  rlhf: .*batch_size 16.*samples_per_prompt 3"),
+        ("rlhf.lora", {"r": 4, "alpha": 8, "dropout": 0.1}, r"  rlhf: .*lora\.dropout must be 0"),
         ("rlhf.method", "grpo", r"  rlhf: .*grpo.*reward ndcg"),
     ],
 )

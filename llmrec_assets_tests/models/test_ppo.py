@@ -23,8 +23,8 @@ from ppo_cases import (
 )
 from safetensors.torch import load_file
 
-from llmrec_assets.ground.errors import DataError, RecipeError
-from llmrec_assets.ground.recipes import LoraRecipe, RlhfRecipe, SftRecipe
+from llmrec_assets.ground.errors import DataError
+from llmrec_assets.ground.recipes import RlhfRecipe, SftRecipe
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.chat import prompt_ids
 from llmrec_assets.models.loading import load_policy
@@ -360,11 +360,6 @@ def test_only_training_users_are_sampled_scored_and_named(
     assert facts["prompts"] == 8
     with pytest.raises(DataError, match=r"none of the 24 prompts is of the training split"):
         _train(base_dir, sft, tmp_path / "none", prompts=PROMPTS.assign(split="validation"))
-
-
-def test_dropout_is_refused(base_dir: Path, sft: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"rlhf.lora.dropout is 0.1"):
-        _train(base_dir, sft, tmp_path, lora=LoraRecipe(r=4, alpha=8, dropout=0.1))
 
 
 def test_batches_pass_over_all_prompts_before_any_comes_again() -> None:
