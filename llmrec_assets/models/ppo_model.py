@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmrec_assets.ground.recipes import LoraRecipe
+from llmrec_assets.models.fast_layers import chosen_log_probs, speed_up
 from llmrec_assets.models.reward import score_head
 from llmrec_assets.models.training import lora_config
 
@@ -110,10 +110,6 @@ class PpoModel:
             reward_dir: a reward model's adapter; None: ``scores`` is not used.
         """
         self._temperature = temperature
-        if base.device.type == "cpu":
-            # PyTorch's fused attention is slow backwards on a CPU: a sixth of a step (SmolLM2, 4 x
-            # 234 tokens, bfloat16, 2 threads: 3.12 s fused, 2.64 s plain), for 0.4 GB more.
-            base.set_attn_implementation("eager")
         self._layers = []
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -129,6 +125,7 @@ class PpoModel:
                 # Autocast casts. peft's way over float32 ends in the same bfloat16 numbers, but
                 # keeps a copy of every layer's input for each adapter weight that reads it.
                 module.cast_input_dtype_enabled = False
+        speed_up(self.peft)
         self._base = base
         # From 0: the first values are the bias, whatever the state.
         self.value_head = torch.nn.Linear(base.config.hidden_size, 1, device=base.device)
@@ -159,21 +156,21 @@ class PpoModel:
 
     def log_probs(self, batch: TokenBatch) -> torch.Tensor:
         """Policy's log-probability of every response token, [b, T]."""
-        logits = self._logits("policy", batch)
-        return batch.spread(-functional.cross_entropy(logits, batch.targets, reduction="none"))
+        return self._log_probs("policy", batch)
 
     @torch.no_grad()
     def log_probs_and_entropies(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """``log_probs``, and the entropy of the distribution each token came from, [b, T]."""
-        log_p = self._logits("policy", batch).log_softmax(-1)
-        chosen = log_p.gather(-1, batch.targets[:, None])[:, 0]
+        logits = self._logits("policy", batch)
+        # As the steps compute it, to the last bit: the first ratio is 1.
+        chosen = chosen_log_probs(logits, batch.targets, self._temperature)
+        log_p = (logits.float() / self._temperature).log_softmax(-1)
         return batch.spread(chosen), batch.spread(-log_p.exp().mul_(log_p).sum(-1))
 
     @torch.no_grad()
     def reference_log_probs(self, batch: TokenBatch) -> torch.Tensor:
         """The SFT policy's log-probability of every response token, [b, T]."""
-        logits = self._logits(None, batch)
-        return batch.spread(-functional.cross_entropy(logits, batch.targets, reduction="none"))
+        return self._log_probs(None, batch)
 
     def values(self, batch: TokenBatch) -> torch.Tensor:
         """Value of the state each response token was chosen in, [b, T]."""
@@ -189,12 +186,14 @@ class PpoModel:
         scores = hidden @ self._score_head
         return [scores[row, list(at)].tolist() for row, at in enumerate(positions)]
 
+    def _log_probs(self, adapter: str | None, batch: TokenBatch) -> torch.Tensor:
+        logits = self._logits(adapter, batch)
+        return batch.spread(chosen_log_probs(logits, batch.targets, self._temperature))
+
     def _logits(self, adapter: str | None, batch: TokenBatch) -> torch.Tensor:
         hidden = self._hidden(adapter, batch.input_ids)[batch.rows, batch.columns]
         with self._autocast():
-            logits = self._base.get_output_embeddings()(hidden)
-        # In place: at n x vocabulary, every copy counts.
-        return logits.float().div_(self._temperature)
+            return self._base.get_output_embeddings()(hidden)
 
     def _hidden(self, adapter: str | None, input_ids: torch.Tensor) -> torch.Tensor:
         """Last hidden states [b, L, h]; the output layer is left out."""

@@ -27,6 +27,7 @@ from llmrec_assets.ground.errors import DataError, RecipeError
 from llmrec_assets.ground.recipes import SftRecipe
 from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
+from llmrec_assets.models.fast_layers import speed_up
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.training import (
     ReportProgress,
@@ -96,9 +97,10 @@ class _CompletionTrainer(SFTTrainer):
         labelled = labels != -100
         # Position t is predicted from t - 1; rows are padded on the right.
         first = int(labelled.any(dim=0).nonzero()[0])
+        # Rows are padded on the right: attention is causal, so no example sees padding, and without
+        # a mask the fast attention serves.
         outputs = model(
             input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
             use_cache=False,
             logits_to_keep=labels.shape[1] - first + 1,
         )
@@ -188,6 +190,7 @@ def train_sft(
         peft_config=lora_config(recipe.lora, "CAUSAL_LM"),
         callbacks=[ReportProgress("SFT", progress, recipe.batch_size)],
     )
+    speed_up(trainer.model)
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 

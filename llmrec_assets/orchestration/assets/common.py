@@ -10,7 +10,7 @@ from llmrec_assets.orchestration.results import table_columns
 OWNERS = ["team:llmrec"]
 
 #: Raised when the code of a stage changes what it produces. Part of every checkpoint's version.
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 def table_options(asset: str, group: str) -> dict[str, Any]:
