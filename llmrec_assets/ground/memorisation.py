@@ -9,8 +9,9 @@ Memorize Recommendation Datasets? A Preliminary Study on MovieLens-1M", SIGIR 20
 (arXiv:2505.10212), who ask chat models for films, user profiles and interactions. Ours differ in
 three ways: the model continues the files' raw rows, not a chat; every task has a control, the
 same rows with other ids, because a model that can merely continue a format or copy a column
-hits there too; and every share has an exact interval and a baseline. Only the difference
-between ``source`` and ``permuted`` speaks of memory.
+hits there too; and every share has an exact interval and a baseline. Only ``source`` above
+``control`` speaks of memory, and of ``next title`` with a grain of salt: neighbours in the file
+resemble each other, which a model may know without knowing the file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from llmrec_assets.ground.text_rows import read_text
 from llmrec_assets.ground.titles import normalise_title
 
 TITLE_TASKS = ("next title", "title of id")
-CONDITIONS = ("source", "permuted")
+CONDITIONS = ("source", "control")
+
+#: The control adds up to this to the ids of rating rows.
+_FURTHEST = 999
 
 _T = TypeVar("_T")
 _Row = list[str]
@@ -93,14 +97,17 @@ def memorisation_questions(rows: SourceRows, recipe: ProbeRecipe, seed: int) -> 
     ``next rating``: ``context_rows`` rows of the ratings' file; the next whole row is asked.
 
     A title that already stands in the rows shown is not asked for: copying would hit it.
-    ``permuted`` deals each film's id another film's row (ids stay ascending, as in the file, so
-    that the order of the titles is lost too), and renames users and films in the rating rows one
-    to one. Rows are chosen by a seeded stable hash, ``n`` a task, or all there are.
+    ``control`` deals each film's id another film's row (ids stay ascending, as in the file, so
+    that the order of the titles is lost too). In rating rows it adds a constant to every user id
+    and another to every film id: ML-1M lists some films of a user in nearly the order of their
+    ids, and whoever can count hits some; a constant keeps what can be counted.
+
+    Rows are chosen by a seeded stable hash, ``n`` a task, or all there are.
     """
     dealt = _shuffled(rows.movies, seed, "dealt")
-    permuted = [[row[0], *other[1:]] for row, other in zip(rows.movies, dealt, strict=True)]
-    films = dict(zip(CONDITIONS, (rows.movies, permuted), strict=True))
-    ratings = dict(zip(CONDITIONS, (rows.ratings, _renamed(rows.ratings, seed)), strict=True))
+    control = [[row[0], *other[1:]] for row, other in zip(rows.movies, dealt, strict=True)]
+    films = dict(zip(CONDITIONS, (rows.movies, control), strict=True))
+    ratings = dict(zip(CONDITIONS, (rows.ratings, _moved(rows.ratings, seed)), strict=True))
     return [
         *_next_titles(films, rows.separator, recipe, seed),
         *_titles_of_ids(films, rows.separator, recipe, seed),
@@ -212,14 +219,12 @@ def _next_ratings(ratings: _Films, sep: str, recipe: ProbeRecipe, seed: int) -> 
     return questions
 
 
-def _renamed(ratings: list[_Row], seed: int) -> list[_Row]:
-    """The rating rows with users and films renamed one to one among themselves."""
-    names = []
-    for column in (_USER, _MOVIE):
-        ids = sorted({row[column] for row in ratings}, key=lambda text: (len(text), text))
-        names.append(dict(zip(ids, _shuffled(ids, seed, f"column {column}"), strict=True)))
-    users, movies = names
-    return [[users[row[_USER]], movies[row[_MOVIE]], *row[2:]] for row in ratings]
+def _moved(ratings: list[_Row], seed: int) -> list[_Row]:
+    """The rating rows with a constant added to all user ids, another to all film ids."""
+    user, movie = (1 + _number(seed, "moved", column) % _FURTHEST for column in (_USER, _MOVIE))
+    return [
+        [str(int(row[_USER]) + user), str(int(row[_MOVIE]) + movie), *row[2:]] for row in ratings
+    ]
 
 
 def _shuffled(values: Sequence[_T], seed: int, what: str) -> list[_T]:

@@ -248,7 +248,7 @@ MEMORISATION = _schema(
         "condition",
         pa.string(),
         False,
-        "'source': rows as in the files; 'permuted': the control, other ids on the same rows",
+        "'source': rows as in the files; 'control': the same places under other ids",
     ),
     ("answered_by", pa.string(), False, "'model', or 'baseline': what guessing gets"),
     (
