@@ -12,6 +12,7 @@ from llmrec_assets.orchestration.assets import (
     evaluation,
     models,
     preferences,
+    probes,
     prompts,
     recommendations,
     source,
@@ -26,7 +27,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
     storage = overrides.pop("storage", StoreResource())
     return dg.Definitions(
         assets=dg.load_assets_from_modules(
-            [source, prompts, models, preferences, recommendations, evaluation]
+            [source, prompts, models, preferences, recommendations, evaluation, probes]
         ),
         jobs=[jobs.source_data, jobs.prepare_base_model, jobs.recommender, jobs.supervised],
         resources={

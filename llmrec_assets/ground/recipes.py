@@ -73,10 +73,14 @@ class WindowRecipe(Section):
 
 
 class PromptRecipe(Section):
-    """Which template asks (paper Figure 2)."""
+    """Which template asks (paper Figure 2), and under which titles.
+
+    ``titles: invented`` is the anonymised control (``ground.catalogue``).
+    """
 
     template: Literal["figure2", "compact"] = "figure2"
     max_per_class: Count = 5
+    titles: Literal["real", "invented"] = "real"
 
 
 class BaseModelRecipe(Section):
@@ -286,6 +290,14 @@ class EvaluationRecipe(Section):
     max_test_users: Count | None = None
 
 
+class ProbeRecipe(Section):
+    """Memorisation probes of the base model (``ground.memorisation``); ``n`` questions each."""
+
+    n: Count = 100
+    context_rows: Count = 5
+    shots: Count = 3
+
+
 class Recipe(Section):
     """One recipe file, validated. Frozen: a recipe is a value."""
 
@@ -308,6 +320,7 @@ class Recipe(Section):
     generation: GenerationRecipe = GenerationRecipe()
     grounding: GroundingRecipe = GroundingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    probes: ProbeRecipe = ProbeRecipe()
 
 
 class _Loader(yaml.SafeLoader):

@@ -43,6 +43,21 @@ MOVIES = _schema(
     ),
 )
 
+#: The columns of ``MOVIES``, so that whatever reads films reads either.
+CATALOGUE = _schema(
+    *(
+        (
+            field.name,
+            field.type,
+            field.nullable,
+            "title shown to models: the real one, or the invented one that stands for it"
+            if field.name == "title"
+            else field.metadata[b"description"].decode(),
+        )
+        for field in MOVIES
+    )
+)
+
 USERS = _schema(
     ("user_id", pa.int32(), False, "user id of the source"),
     ("age", pa.int16(), True, "age in years (ML-100K format)"),
@@ -227,11 +242,35 @@ SAMPLE_RECOMMENDATIONS = _schema(
     ("is_hit", pa.bool_(), False, "it is in the ground truth and counts"),
 )
 
+MEMORISATION = _schema(
+    ("task", pa.string(), False, "'next title', 'title of id' or 'next rating'"),
+    (
+        "condition",
+        pa.string(),
+        False,
+        "'source': rows as in the files; 'control': the same places under other ids",
+    ),
+    ("answered_by", pa.string(), False, "'model', or 'baseline': what guessing gets"),
+    (
+        "match",
+        pa.string(),
+        False,
+        "what counts: 'exact' or 'normalised' title; whole 'row', its 'movie_id', its 'rating'",
+    ),
+    ("n", pa.int32(), False, "questions"),
+    ("hits", pa.int32(), False, "questions answered so"),
+    ("share", pa.float64(), False, "hits / n"),
+    ("low", pa.float64(), False, "lower end of the exact binomial interval"),
+    ("high", pa.float64(), False, "upper end of the exact binomial interval"),
+    ("checkpoint_version", pa.string(), False, "version of the base model that was asked"),
+)
+
 #: Schema by asset name. ``*_responses`` and ``*_recommendations`` share one schema each.
 SCHEMAS: dict[str, pa.Schema] = {
     "ratings": RATINGS,
     "movies": MOVIES,
     "users": USERS,
+    "catalogue": CATALOGUE,
     "user_splits": USER_SPLITS,
     "interaction_windows": INTERACTION_WINDOWS,
     "prompts": PROMPTS,
@@ -243,4 +282,5 @@ SCHEMAS: dict[str, pa.Schema] = {
     "user_metrics": USER_METRICS,
     "metric_table": METRIC_TABLE,
     "sample_recommendations": SAMPLE_RECOMMENDATIONS,
+    "memorisation": MEMORISATION,
 }

@@ -49,7 +49,7 @@ def with_value(path: str, value: object) -> dict[str, Any]:
 
 
 def test_the_committed_recipes():
-    assert recipe_names() == ["cpu", "paper", "quickstart", "tiny"]
+    assert recipe_names() == ["cpu", "cpu-anonymised", "paper", "quickstart", "tiny"]
     assert recipe_names() == sorted(path.stem for path in RECIPES_DIR.iterdir())
 
 
@@ -73,7 +73,11 @@ def test_the_paper_recipe_holds_the_papers_values():
         "liked_min": 3,
         "windows_per_user": {"train": 1, "validation": 1, "test": 1},
     }
-    assert paper.prompts.model_dump() == {"template": "figure2", "max_per_class": 5}
+    assert paper.prompts.model_dump() == {
+        "template": "figure2",
+        "max_per_class": 5,
+        "titles": "real",
+    }
     assert paper.sft.lora.model_dump() == {
         "r": 256,
         "alpha": 128,
@@ -91,6 +95,21 @@ def test_decoding_of_the_paper_recipe_is_written_out_and_greedy():
     generation = load_recipe("paper").generation
     assert not generation.do_sample
     assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
+
+
+def test_the_anonymised_control_differs_from_cpu_in_the_titles_and_the_bound_alone():
+    def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            inner = flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
+            found.update(inner)
+        return found
+
+    cpu, control = (flat(load_recipe(name).model_dump()) for name in ("cpu", "cpu-anonymised"))
+    differing = {key: (cpu[key], control[key]) for key in cpu if cpu[key] != control[key]}
+    del differing["name"], differing["description"]
+    assert cpu.keys() == control.keys()
+    assert differing == {"prompts.titles": ("real", "invented"), "sft.max_examples": (None, 1400)}
 
 
 # -- mistakes -----------------------------------------------------------------------------
@@ -289,7 +308,7 @@ def test_a_recipe_is_frozen_all_the_way_down():
                 places.append(value)
             else:
                 assert value is None or isinstance(value, (str, int, float, tuple))
-    assert len(places) == 19  # the recipe and its sections
+    assert len(places) == 20  # the recipe and its sections
 
 
 def test_equal_recipes_are_equal_values():

@@ -32,7 +32,7 @@ TRAIN_ONLY = "trained_on_training_users_only"
 OWN = "answered_by_its_own_checkpoint"
 CURRENT = "answers_of_the_current_checkpoint"
 TRAININGS = {"dpo_checkpoint", "reward_model", "rlhf_checkpoint"}
-GROUNDED = {"prompts", "ratings", "movies"}
+GROUNDED = {"prompts", "ratings", "catalogue"}
 
 # asset: (group, partition, upstream, pool, IO manager, blocking checks)
 GRAPH = {
@@ -55,6 +55,14 @@ GRAPH = {
         "table_io",
         {"no_user_in_two_splits"},
     ),
+    "catalogue": (
+        "prompts",
+        "dataset|recipe",
+        {"movies"},
+        None,
+        "table_io",
+        {"titles_are_as_the_recipe_says"},
+    ),
     "interaction_windows": (
         "prompts",
         "dataset|recipe",
@@ -66,10 +74,10 @@ GRAPH = {
     "prompts": (
         "prompts",
         "dataset|recipe",
-        {"interaction_windows", "users", "movies"},
+        {"interaction_windows", "users", "movies", "catalogue"},
         None,
         "table_io",
-        {"prompts_show_their_windows_only"},
+        {"prompts_show_their_windows_only", "no_real_title_in_anonymised_prompts"},
     ),
     "base_model": ("models", "recipe", set(), None, "directory_io", set()),
     "sft_checkpoint": (
@@ -187,7 +195,7 @@ GRAPH = {
     "baseline_recommendations": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "user_splits", "ratings", "movies"},
+        {"prompts", "user_splits", "ratings", "catalogue"},
         None,
         "table_io",
         set(),
@@ -211,8 +219,16 @@ GRAPH = {
     "sample_recommendations": (
         "evaluation",
         "dataset|recipe",
-        {"prompts", "interaction_windows", "movies", *RECOMMENDATIONS},
+        {"prompts", "interaction_windows", "catalogue", *RECOMMENDATIONS},
         None,
+        "table_io",
+        set(),
+    ),
+    "memorisation": (
+        "evaluation",
+        "dataset|recipe",
+        {"movielens_files", "base_model"},
+        "gpu",
         "table_io",
         set(),
     ),
@@ -326,6 +342,17 @@ def test_the_supervised_job_stops_where_the_paper_stops_on_ml_1m() -> None:
         assert "ml-1m" not in load_recipe(recipe).aligned_datasets
 
 
+def test_titles_reach_models_and_lists_through_the_catalogue_alone(graph: dg.AssetGraph) -> None:
+    """Whoever read `movies` past it would show real titles under an anonymised recipe.
+    `interaction_windows` and `user_metrics` read ids, `prompts` holds its text against them."""
+    readers = {
+        node.key.to_user_string()
+        for node in graph.asset_nodes
+        if dg.AssetKey("movies") in node.parent_keys
+    }
+    assert readers == {"ratings", "interaction_windows", "catalogue", "prompts", "user_metrics"}
+
+
 def test_the_settings_give_the_gpu_pool_one_place() -> None:
     import yaml
 
@@ -336,6 +363,7 @@ def test_the_settings_give_the_gpu_pool_one_place() -> None:
     assert {n for n, entry in GRAPH.items() if entry[3] == GPU_POOL} == {
         "sft_checkpoint",
         "sampled_responses",
+        "memorisation",
         *TRAININGS,
         *(f"{stage}_responses" for stage in STAGES),
     }

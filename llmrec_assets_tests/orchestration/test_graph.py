@@ -23,7 +23,9 @@ CHECKPOINTS = {"movielens_files", "base_model", *TRAININGS, "report"}
 CHECKS = {
     ("user_splits", "no_user_in_two_splits"),
     ("interaction_windows", "no_leak"),
+    ("catalogue", "titles_are_as_the_recipe_says"),
     ("prompts", "prompts_show_their_windows_only"),
+    ("prompts", "no_real_title_in_anonymised_prompts"),
     ("preference_pairs", "pairs_keep_the_split"),
     *((asset, "trained_on_training_users_only") for asset in TRAININGS),
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),

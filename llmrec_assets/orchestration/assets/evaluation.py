@@ -104,7 +104,7 @@ def sample_recommendations(
     storage: StoreResource,
     prompts: StoredTable,
     interaction_windows: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> TableResult:
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
@@ -112,7 +112,7 @@ def sample_recommendations(
     frame = recommendations.sample_recommendations(
         prompts.frame,
         interaction_windows,
-        movies,
+        catalogue,
         stages.recommendations,
         liked_min=recipe.windows.liked_min,
     )

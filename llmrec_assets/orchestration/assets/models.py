@@ -267,7 +267,7 @@ def rlhf_checkpoint(
     gpu: GpuResource,
     prompts: StoredTable,
     ratings: StoredTable,
-    movies: StoredTable,
+    catalogue: StoredTable,
     user_splits: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
@@ -292,14 +292,14 @@ def rlhf_checkpoint(
     if recipe.rlhf.reward == "ndcg":
         determinants |= {
             "ratings": ratings.version,
-            "movies": movies.version,
+            "catalogue": catalogue.version,
             "grounding": recipe.grounding.model_dump(),
             "top_k": recipe.windows.top_k,
         }
         scorer = ResponseScorer(
             prompts.frame,
             ratings.frame,
-            movies.frame,
+            catalogue.frame,
             recipe.grounding,
             recipe.windows.top_k,
         )

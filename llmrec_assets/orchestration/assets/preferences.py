@@ -111,14 +111,16 @@ def preference_pairs(
     sampled_responses: pd.DataFrame,
     prompts: StoredTable,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
     user_splits: pd.DataFrame,
     sft_checkpoint: Path,
 ) -> CheckedResult:
     """Samples compared by NDCG@k: the better is chosen, ties are dropped (paper §3.4)."""
     recipe = recipe_of(context)
     require_sampled_from(sampled_responses, sft_checkpoint.name, prompts.version)
-    scorer = ResponseScorer(prompts.frame, ratings, movies, recipe.grounding, recipe.windows.top_k)
+    scorer = ResponseScorer(
+        prompts.frame, ratings, catalogue, recipe.grounding, recipe.windows.top_k
+    )
     frame, report = pairs.preference_pairs(
         sampled_responses,
         scorer,

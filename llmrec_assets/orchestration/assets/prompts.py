@@ -4,6 +4,11 @@ import dagster as dg
 import pandas as pd
 
 from llmrec_assets.ground import leaks
+from llmrec_assets.ground.catalogue import (
+    catalogue_problems,
+    real_title_problems,
+    shown_catalogue,
+)
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.splits import split_users
 from llmrec_assets.ground.windows import interaction_windows as draw_windows
@@ -38,6 +43,32 @@ def user_splits(
         frame,
         {"no_user_in_two_splits": leaks.user_split_problems(frame)},
         {f"users_{name}": int(count) for name, count in frame["split"].value_counts().items()},
+    )
+
+
+@dg.asset(
+    **table_options("catalogue", GROUP),
+    partitions_def=run_partitions,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "titles_are_as_the_recipe_says",
+            asset="catalogue",
+            blocking=True,
+            description="The films of `movies` under their real titles; or under invented ones, "
+            "one to one, of the same year, with no real title inside.",
+        )
+    ],
+)
+def catalogue(context: dg.AssetExecutionContext, movies: pd.DataFrame) -> CheckedResult:
+    """Films under the titles that models read and write: the real ones, or invented ones."""
+    recipe = recipe_of(context)
+    # The recipe's own seed: a seed override redraws users and windows, not the films' names.
+    frame = shown_catalogue(movies, recipe.prompts, recipe.seed)
+    yield from checked_table_result(
+        "catalogue",
+        frame,
+        {"titles_are_as_the_recipe_says": catalogue_problems(frame, movies, recipe.prompts)},
+        {"titles": recipe.prompts.titles},
     )
 
 
@@ -89,7 +120,14 @@ def interaction_windows(
             blocking=True,
             description="Context and ground truth are the window's; no ground-truth title stands "
             "in the prompt.",
-        )
+        ),
+        dg.AssetCheckSpec(
+            "no_real_title_in_anonymised_prompts",
+            asset="prompts",
+            blocking=True,
+            description="With `titles: invented`, no real title stands in a prompt or completion; "
+            "with real titles it passes.",
+        ),
     ],
 )
 def prompts(
@@ -97,16 +135,21 @@ def prompts(
     interaction_windows: pd.DataFrame,
     users: pd.DataFrame,
     movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The user message per window, and the completion SFT learns (paper Figure 2)."""
     recipe = recipe_of(context)
-    frame = render_prompts(interaction_windows, users, movies, recipe.prompts, recipe.windows)
-    problems = leaks.prompt_problems(frame, interaction_windows, movies)
+    frame = render_prompts(interaction_windows, users, catalogue, recipe.prompts, recipe.windows)
+    problems = leaks.prompt_problems(frame, interaction_windows, catalogue)
+    shown = real_title_problems(frame, movies, users, recipe.prompts)
     example = frame.iloc[0] if len(frame) else None
     yield from checked_table_result(
         "prompts",
         frame,
-        {"prompts_show_their_windows_only": problems},
+        {
+            "prompts_show_their_windows_only": problems,
+            "no_real_title_in_anonymised_prompts": shown,
+        },
         {
             "template": recipe.prompts.template,
             "example": "none"

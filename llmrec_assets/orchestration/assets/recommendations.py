@@ -183,7 +183,7 @@ def _ground(
     responses: pd.DataFrame,
     prompts: StoredTable,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     recipe = recipe_of(context)
     problems = response_problems(
@@ -191,7 +191,7 @@ def _ground(
     )
     yield from blocking_checks(f"{stage}_recommendations", {_CURRENT: problems})
     frame = ground_responses(
-        responses, prompts.frame, ratings, movies, recipe.grounding, recipe.windows.top_k
+        responses, prompts.frame, ratings, catalogue, recipe.grounding, recipe.windows.top_k
     )
     yield table_result(f"{stage}_recommendations", frame, validity(frame))
 
@@ -207,10 +207,10 @@ def base_recommendations(
     base_responses: pd.DataFrame,
     prompts: StoredTable,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The base model's answers parsed and grounded to the catalogue, k slots a window."""
-    yield from _ground(context, storage, "base", base_responses, prompts, ratings, movies)
+    yield from _ground(context, storage, "base", base_responses, prompts, ratings, catalogue)
 
 
 @dg.asset(
@@ -224,10 +224,10 @@ def sft_recommendations(
     sft_responses: pd.DataFrame,
     prompts: StoredTable,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The fine-tuned model's answers parsed and grounded to the catalogue, k slots a window."""
-    yield from _ground(context, storage, "sft", sft_responses, prompts, ratings, movies)
+    yield from _ground(context, storage, "sft", sft_responses, prompts, ratings, catalogue)
 
 
 @dg.asset(
@@ -241,10 +241,10 @@ def dpo_recommendations(
     dpo_responses: pd.DataFrame,
     prompts: StoredTable,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The answers after DPO parsed and grounded to the catalogue, k slots a window."""
-    yield from _ground(context, storage, "dpo", dpo_responses, prompts, ratings, movies)
+    yield from _ground(context, storage, "dpo", dpo_responses, prompts, ratings, catalogue)
 
 
 @dg.asset(
@@ -258,10 +258,10 @@ def rlhf_recommendations(
     rlhf_responses: pd.DataFrame,
     prompts: StoredTable,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The answers after RLHF parsed and grounded to the catalogue, k slots a window."""
-    yield from _ground(context, storage, "rlhf", rlhf_responses, prompts, ratings, movies)
+    yield from _ground(context, storage, "rlhf", rlhf_responses, prompts, ratings, catalogue)
 
 
 @dg.asset(**table_options("baseline_recommendations", GROUP), partitions_def=run_partitions)
@@ -270,7 +270,7 @@ def baseline_recommendations(
     prompts: StoredTable,
     user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> TableResult:
     """Popularity among the training users' liked films, for the same test windows."""
     recipe = recipe_of(context)
@@ -279,8 +279,8 @@ def baseline_recommendations(
         ratings,
         user_splits,
         test_prompts,
-        seen_sets(test_prompts, ratings, movies),
-        movies,
+        seen_sets(test_prompts, ratings, catalogue),
+        catalogue,
         liked_min=recipe.windows.liked_min,
         top_k=recipe.windows.top_k,
         prompts_version=prompts.version,
