@@ -285,10 +285,11 @@ FeedbackGrid = Annotated[tuple[Literal["liked", "rated"], ...], Field(min_length
 
 
 class ItemToItemRecipe(Section):
-    """``last``: so many of the latest films of a history are the query; a prompt's all are."""
+    """Grid that they share: what counts as feedback, and how many of the latest films are asked
+    with (taste moves: a whole history ranks worse than its end)."""
 
     feedback: FeedbackGrid = ("liked", "rated")
-    last: Grid = (10, 30, 1000)
+    last: Grid = (5, 10, 30, 1000)
 
 
 class ItemKnnRecipe(ItemToItemRecipe):
@@ -301,7 +302,7 @@ class ItemKnnRecipe(ItemToItemRecipe):
 class EaseRecipe(ItemToItemRecipe):
     """Grid of EASE (Steck, 2019): the L2 penalty."""
 
-    regularization: PositiveGrid = (100.0, 300.0, 1000.0, 3000.0)
+    regularization: PositiveGrid = (300.0, 1000.0, 3000.0, 10000.0)
 
 
 class AlsRecipe(ItemToItemRecipe):

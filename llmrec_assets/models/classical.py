@@ -2,7 +2,7 @@
 
 What belongs here: LensKit's components behind one interface, scores over the catalogue, and the
 ranking of scores. What does not: the sequential model (``sasrec``), which values are chosen and
-which windows are answered (``baselines``), and popularity (``llmrec_assets.ground.baselines``).
+which windows are answered (``classical_lists``), and popularity (``ground.baselines``).
 
 LensKit takes a user it was not fitted on as the list of their films (``RecQuery``): ItemKNN sums
 their similarities to a film, EASE its weights from them, ALS solves for the user's factors.

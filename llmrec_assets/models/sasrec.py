@@ -1,7 +1,7 @@
 """SASRec: self-attention over a user's films, next liked film as target.
 
 What belongs here: the network, its training and its scores. What does not: which step's weights
-are kept (``baselines``) and how scores become lists (``classical``).
+are kept (``classical_lists``) and how scores become lists (``classical``).
 
 Kang & McAuley, *Self-Attentive Sequential Recommendation*, ICDM 2018, with the full softmax
 cross-entropy of Klenitskiy & Vasilev, *Turning Dross Into Gold Loss: is BERT4Rec really better

@@ -292,7 +292,7 @@ def baseline_recommendations(
     movies: pd.DataFrame,
 ) -> CheckedResult:
     """Popularity, ItemKNN, EASE, implicit ALS and SASRec for the same test windows."""
-    from llmrec_assets.models.baselines import classical_lists
+    from llmrec_assets.models.classical_lists import classical_lists
 
     recipe = recipe_of(context)
     made = classical_lists(

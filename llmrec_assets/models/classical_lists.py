@@ -262,9 +262,12 @@ def _candidates(
     for point in product(*axes):
         values = dict(zip(grid, point, strict=True))
         scorer = _fit(tables, stage, values, events, catalogue)
-        for last in lasts:
-            # a prompt shows few films, and all of them are asked with: one candidate is enough
-            names = INFORMATION_SETS if last == max(lasts) else ("history",)
+        told = set()
+        for last in sorted(lasts):
+            # a prompt shows few films: beyond them every ``last`` asks with all of them
+            of_prompt = min(last, tables.recipe.windows.window_size)
+            names = ("history",) if of_prompt in told else INFORMATION_SETS
+            told.add(of_prompt)
             yield {**values, "last": last}, _asked_with(scorer, last, catalogue), names
 
 
