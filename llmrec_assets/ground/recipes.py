@@ -289,7 +289,7 @@ class ItemToItemRecipe(Section):
     with (taste moves: a whole history ranks worse than its end)."""
 
     feedback: FeedbackGrid = ("liked", "rated")
-    last: Grid = (5, 10, 30, 1000)
+    last: Grid = (3, 5, 10, 1000)
 
 
 class ItemKnnRecipe(ItemToItemRecipe):

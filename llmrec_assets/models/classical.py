@@ -88,9 +88,17 @@ class LensKitScorer:
                 told = window.evidence(self._only_liked, self._last)
                 films = [film for film in told if film in self._known]
                 if films:
-                    query = RecQuery(user_items=ItemList(item_ids=films))
-                    scores[row, self._columns] = self._component(query, self._items).scores()
+                    scores[row, self._columns] = self._of_items(films)
         return scores
+
+    def _of_items(self, films: Sequence[int]) -> NDArray[np.float32]:
+        """Scores of the films with feedback, for a user who is known by ``films``."""
+        if isinstance(self._component, EASEScorer):
+            # what the component computes, from the rows it needs: it multiplies by all of them
+            weights, items = self._component.weights, self._component.items
+            return weights[items.numbers(films)].sum(axis=0)[self._items.numbers(vocabulary=items)]
+        query = RecQuery(user_items=ItemList(item_ids=films))
+        return self._component(query, self._items).scores()
 
 
 def component(stage: str, values: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lenskit.data import ItemList, RecQuery
 
 from llmrec_assets.ground.baselines import Popularity, popularity_ranking
 from llmrec_assets.ground.recipes import SasrecRecipe
@@ -195,7 +196,11 @@ def test_ease_is_the_formula_on_random_data() -> None:
         liked_min=3,
         seed=1,
     )
-    assert scorer.scores(WINDOWS[:1])[0] == pytest.approx(expected, abs=1e-5)
+    found = scorer.scores(WINDOWS[:1])[0]
+    assert found == pytest.approx(expected, abs=1e-5)
+    query = RecQuery(user_items=ItemList(item_ids=[3, 5]))
+    by_lenskit = scorer._component(query, ItemList(item_ids=list(matrix.columns))).scores()
+    assert found == pytest.approx(by_lenskit, abs=1e-6)
 
 
 def test_a_fit_leaves_the_threads_and_the_random_state_of_the_process_alone() -> None:
