@@ -325,7 +325,7 @@ class SasrecRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Count = 32
-    steps: Count = 1000
+    steps: Count = 1500
     eval_steps: Count = 100
 
     @model_validator(mode="after")
