@@ -23,6 +23,7 @@ from llmrec_assets.orchestration.partitions import DATASETS
 #: no seed, and forcing a run means training again, not converting again.
 CONFIGURABLE = {
     "base_responses",
+    "baseline_recommendations",
     "dpo_checkpoint",
     "dpo_responses",
     "interaction_windows",

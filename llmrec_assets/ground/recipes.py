@@ -282,6 +282,80 @@ class GroundingRecipe(Section):
     threshold: Annotated[float, Field(ge=0, le=100)] = 90.0
 
 
+Grid = Annotated[tuple[Count, ...], Field(min_length=1)]
+PositiveGrid = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+#: Which events are the implicit feedback: those with a liked rating, or all that were rated.
+FeedbackGrid = Annotated[tuple[Literal["liked", "rated"], ...], Field(min_length=1)]
+
+
+class ItemToItemRecipe(Section):
+    """Grid that they share: what counts as feedback, and how many of the latest films are asked
+    with (taste moves: a whole history ranks worse than its end)."""
+
+    feedback: FeedbackGrid = ("liked", "rated")
+    last: Grid = (3, 5, 10, 1000)
+
+
+class ItemKnnRecipe(ItemToItemRecipe):
+    """Grid of ItemKNN (Deshpande & Karypis, 2004): neighbours a film keeps, neighbours scored."""
+
+    save_nbrs: Grid = (50, 1000)
+    max_nbrs: Grid = (20, 100)
+
+
+class EaseRecipe(ItemToItemRecipe):
+    """Grid of EASE (Steck, 2019): the L2 penalty."""
+
+    regularization: PositiveGrid = (300.0, 1000.0, 3000.0, 10000.0)
+
+
+class AlsRecipe(ItemToItemRecipe):
+    """Grid of implicit ALS (Hu, Koren & Volinsky, 2008)."""
+
+    embedding_size: Grid = (32, 64)
+    regularization: PositiveGrid = (1.0, 10.0)
+    weight: PositiveGrid = (10.0,)
+    epochs: Count = 10
+
+
+class SasrecRecipe(Section):
+    """SASRec; the number of steps, a multiple of ``eval_steps`` up to ``steps``, is tuned."""
+
+    embedding_size: Count = 64
+    blocks: Count = 2
+    heads: Count = 1
+    max_length: Count = 50
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Count = 32
+    steps: Count = 1500
+    eval_steps: Count = 100
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SasrecRecipe:
+        if self.steps % self.eval_steps:
+            raise ValueError(f"steps {self.steps} is no multiple of eval_steps {self.eval_steps}")
+        if self.embedding_size % self.heads:
+            raise ValueError(
+                f"embedding_size {self.embedding_size} is no multiple of heads {self.heads}"
+            )
+        return self
+
+
+class BaselinesRecipe(Section):
+    """Classical recommenders. What is a grid is tuned on validation windows by NDCG@k.
+
+    ``causal_grid_points``: times at which the time-causal variants are fitted anew.
+    """
+
+    itemknn: ItemKnnRecipe = ItemKnnRecipe()
+    ease: EaseRecipe = EaseRecipe()
+    als: AlsRecipe = AlsRecipe()
+    sasrec: SasrecRecipe = SasrecRecipe()
+    causal_grid_points: Count = 8
+
+
 class EvaluationRecipe(Section):
     """Intervals of the metric table."""
 
@@ -319,6 +393,7 @@ class Recipe(Section):
     aligned_datasets: tuple[Literal["sample", "ml-100k", "ml-1m"], ...] = ("sample", "ml-100k")
     generation: GenerationRecipe = GenerationRecipe()
     grounding: GroundingRecipe = GroundingRecipe()
+    baselines: BaselinesRecipe = BaselinesRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     probes: ProbeRecipe = ProbeRecipe()
 

@@ -160,7 +160,12 @@ PREFERENCE_PAIRS = _schema(
 RECOMMENDATIONS = _schema(
     *_WINDOW_KEY,
     ("stage", pa.string(), False, "model stage or classical recommender"),
-    ("decoding", pa.string(), False, "'free', or 'ranking' for classical recommenders"),
+    (
+        "decoding",
+        pa.string(),
+        False,
+        "'free'; classical: 'ranking', or 'ranking-shown' (leaves out only what the prompt shows)",
+    ),
     ("information_set", pa.string(), False, "what the recommender saw: 'prompt' or 'history'"),
     ("rank", pa.int16(), False, "slot 1 … top_k; every window has exactly top_k slots"),
     ("text", pa.string(), True, "the item as parsed from the response; NULL: nothing there"),

@@ -21,7 +21,15 @@ STAGES_OF_TABLE = {
     "sft_recommendations": ["sft"],
     "dpo_recommendations": ["dpo"],
     "rlhf_recommendations": ["rlhf"],
-    "baseline_recommendations": ["popularity"],
+    "baseline_recommendations": [
+        "popularity",
+        "popularity-causal",
+        "itemknn",
+        "itemknn-causal",
+        "ease",
+        "als",
+        "sasrec",
+    ],
 }
 RECOMMENDATION_TABLES = list(STAGES_OF_TABLE)
 

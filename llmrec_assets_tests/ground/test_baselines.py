@@ -1,8 +1,10 @@
 import pandas as pd
 import pyarrow as pa
 
-from llmrec_assets.ground.baselines import popularity_ranking, popularity_recommendations
+from llmrec_assets.ground.baselines import Popularity, popularity_ranking
 from llmrec_assets.ground.evaluation import user_metrics
+from llmrec_assets.ground.fits import training_events
+from llmrec_assets.ground.recommender import Window, recommended_frame
 from llmrec_assets.ground.schemas import RECOMMENDATIONS
 
 #: film 14 is film 4 under a second id
@@ -27,50 +29,59 @@ RATINGS = pd.DataFrame(
 )  # fmt: skip
 PROMPTS = pd.DataFrame(
     {
-        "user_id": [9, 1],
-        "window_index": [0, 0],
-        "split": ["test", "train"],
-        "context_movie_ids": [[14], [4]],
-        "ground_truth_movie_ids": [[2], [3]],
+        "user_id": [9],
+        "window_index": [0],
+        "split": ["test"],
+        "context_movie_ids": [[14]],
+        "ground_truth_movie_ids": [[2]],
     }
 )
 SEEN = {(9, 0): frozenset({1, 4})}
+TITLE_OF = dict(zip(MOVIES["movie_id"], MOVIES["title"], strict=True))
 
 
-def _recommended(top_k: int) -> pd.DataFrame:
-    return popularity_recommendations(RATINGS, SPLITS, PROMPTS, SEEN, MOVIES, 3, top_k, "p1")
+def _ranking(ratings: pd.DataFrame, splits: pd.DataFrame, liked_min: int) -> list[int]:
+    return popularity_ranking(training_events(ratings, splits, MOVIES), MOVIES, liked_min)
+
+
+def _recommended(hidden: set[int], top_k: int) -> pd.DataFrame:
+    windows = [Window(9, 0, 2, (4,), (True,), frozenset(hidden))]
+    return recommended_frame(
+        windows,
+        Popularity(_ranking(RATINGS, SPLITS, 3)).recommend(windows, top_k),
+        SEEN,
+        TITLE_OF,
+        stage="popularity",
+        decoding="ranking",
+        information_set="history",
+        top_k=top_k,
+        prompts_version="p1",
+    )
 
 
 def test_ranking_counts_training_users_once_per_film() -> None:
-    assert popularity_ranking(RATINGS, SPLITS, MOVIES, 3) == [4, 3, 2, 5, 1]
-    assert popularity_ranking(RATINGS, SPLITS, MOVIES, 5) == [4, 3, 1, 2, 5]
+    assert _ranking(RATINGS, SPLITS, 3) == [4, 3, 2, 5, 1]
+    assert _ranking(RATINGS, SPLITS, 5) == [4, 3, 1, 2, 5]
 
 
 def test_recommendations_by_hand() -> None:
-    table = _recommended(4)
-    pa.Table.from_pandas(table, schema=RECOMMENDATIONS, preserve_index=False).validate(full=True)
-    assert set(table["user_id"]) == {9}
-    history = table[table["information_set"] == "history"]
+    history = _recommended({1, 4}, 4)
+    pa.Table.from_pandas(history, schema=RECOMMENDATIONS, preserve_index=False).validate(full=True)
     assert history["movie_id"].tolist()[:3] == [3, 2, 5]
     assert history["grounding"].tolist() == ["id", "id", "id", "missing"]  # catalogue exhausted
     assert history["text"].tolist()[:3] == ["Three", "Two", "Five"]
     assert not history["is_seen"].any()
     # the prompt shows film 4 only: film 1 is offered although seen, and marked
-    prompt = table[table["information_set"] == "prompt"]
+    prompt = _recommended({4}, 4)
     assert prompt["movie_id"].tolist() == [3, 2, 5, 1]
     assert prompt["is_seen"].tolist() == [False, False, False, True]
-    assert not table["is_duplicate"].any()
-    assert set(table["stage"] + table["decoding"]) == {"popularityranking"}
+    assert not prompt["is_duplicate"].any()
 
 
 def test_scored_like_any_other_recommender() -> None:
-    scores = user_metrics(_recommended(2).assign(recommendations_version="r"), PROMPTS, MOVIES)
-    assert scores["information_set"].tolist() == ["history", "prompt"]
-    assert scores["hits"].tolist() == [1, 1]
+    scores = user_metrics(_recommended({4}, 2).assign(recommendations_version="r"), PROMPTS, MOVIES)
+    assert scores["hits"].tolist() == [1]
 
 
 def test_order_of_ratings_does_not_matter() -> None:
-    shuffled = popularity_recommendations(
-        RATINGS.iloc[::-1], SPLITS.iloc[::-1], PROMPTS, SEEN, MOVIES.iloc[::-1], 3, 4, "p1"
-    )
-    pd.testing.assert_frame_equal(shuffled, _recommended(4))
+    assert _ranking(RATINGS.iloc[::-1], SPLITS.iloc[::-1], 3) == _ranking(RATINGS, SPLITS, 3)

@@ -158,10 +158,11 @@ def test_nothing_current_says_why_of_each(store):
 
 
 def test_missing_stages_are_those_that_no_row_has():
-    assert missing_stages(recommendations("sft", "now")) == ["base", "dpo", "rlhf", "popularity"]
-    every = pd.DataFrame({"stage": ["popularity", "base", "sft", "dpo", "rlhf", "ease"]})
+    classical = STAGES_OF_TABLE["baseline_recommendations"]
+    assert missing_stages(recommendations("sft", "now")) == ["base", "dpo", "rlhf", *classical]
+    every = pd.DataFrame({"stage": [*classical, "base", "sft", "dpo", "rlhf", "svd"]})
     assert missing_stages(every) == []
-    assert missing_stages(every.head(0)) == ["base", "sft", "dpo", "rlhf", "popularity"]
+    assert missing_stages(every.head(0)) == ["base", "sft", "dpo", "rlhf", *classical]
 
 
 def test_metrics_of_other_prompts_or_checkpoints_are_refused(store):

@@ -157,6 +157,46 @@ def test_a_planted_leak_is_blocked(
     assert problem in stopped.metadata["first"].value
 
 
+@pytest.mark.parametrize(
+    ("planted", "check"),
+    [
+        ("training_events", "fitted_on_training_users_only"),
+        ("Popularity", "keeps_the_contract"),
+    ],
+)
+def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
+    copied: tuple[Home, dg.DagsterInstance],
+    monkeypatch: pytest.MonkeyPatch,
+    planted: str,
+    check: str,
+) -> None:
+    """One event of a test user among the training events; a list of films already seen."""
+    from llmrec_assets.models import classical_lists
+
+    home, instance = copied
+    honest = getattr(classical_lists, planted)
+    splits = home.store.read_table("user_splits", "sample|tiny").frame
+    test_user = int(splits.loc[splits["split"] == "test", "user_id"].iloc[0])
+
+    def one_event_more(*args: Any, **options: Any) -> pd.DataFrame:
+        events = honest(*args, **options)
+        return pd.concat([events, events.head(1).assign(user_id=test_user)], ignore_index=True)
+
+    class Forgetful(honest if planted == "Popularity" else object):  # type: ignore[misc]
+        def recommend(self, windows: Any, top_k: int) -> list[list[int]]:
+            return [list(dict.fromkeys(window.films))[:top_k] for window in windows]
+
+    wrong = {"training_events": one_event_more, "Popularity": Forgetful}[planted]
+    monkeypatch.setattr(classical_lists, planted, wrong)
+    before = home.current()
+    result = home.materialize(instance, "baseline_recommendations")
+    assert not result.success
+    (failed,) = [event for event in result.all_events if event.is_step_failure]
+    message = failed.step_failure_data.error.message
+    assert f"baseline_recommendations is not published, check {check} failed" in message
+    assert home.current() == before
+
+
 def test_the_checks_pass_again_once_the_leak_is_mended(
     copied: tuple[Home, dg.DagsterInstance],
 ) -> None:

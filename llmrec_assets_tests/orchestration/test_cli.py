@@ -67,13 +67,14 @@ def test_two_first_users_train_once_and_both_see_the_table(
     for output in outputs:
         table = output[output.index("sample | tiny") :]
         assert "synthetic data" in table.splitlines()[0]
-        assert [line.split()[0] for line in table.splitlines()[2:8]] == [
+        assert [line.split()[0] for line in table.splitlines()[2:19]] == [
             "base",
             "sft",
             "dpo",
             "rlhf",
-            "popularity",
-            "popularity",
+            *("als", "als", "ease", "ease", "itemknn", "itemknn"),
+            *("itemknn-causal", "itemknn-causal", "popularity", "popularity"),
+            *("popularity-causal", "sasrec", "sasrec"),
         ]
 
 

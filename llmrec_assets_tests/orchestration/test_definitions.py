@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conftest import Home
 
 PROJECT = Path(__file__).resolve().parents[2]
-HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "matplotlib"]
+HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "matplotlib", "lenskit"]
 
 STAGES = ("base", "sft", "dpo", "rlhf")
 RECOMMENDATIONS = {f"{stage}_recommendations" for stage in (*STAGES, "baseline")}
@@ -198,7 +198,7 @@ GRAPH = {
         {"prompts", "user_splits", "ratings", "catalogue"},
         None,
         "table_io",
-        set(),
+        {"keeps_the_contract", "fitted_on_training_users_only"},
     ),
     "user_metrics": (
         "evaluation",

@@ -9,6 +9,7 @@ import pytest
 
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.ground.schemas import SCHEMAS
+from llmrec_assets.ground.stages import STAGES_OF_TABLE
 from llmrec_assets.ground.store import read_manifest, verify_checkpoint
 from llmrec_assets.models import sft
 
@@ -27,6 +28,8 @@ CHECKS = {
     ("prompts", "prompts_show_their_windows_only"),
     ("prompts", "no_real_title_in_anonymised_prompts"),
     ("preference_pairs", "pairs_keep_the_split"),
+    ("baseline_recommendations", "keeps_the_contract"),
+    ("baseline_recommendations", "fitted_on_training_users_only"),
     *((asset, "trained_on_training_users_only") for asset in TRAININGS),
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "answers_of_the_current_checkpoint") for stage in STAGES),
@@ -97,8 +100,8 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert rows["prompts"] == rows["interaction_windows"] <= 500
     assert rows["base_responses"] == rows["sft_responses"]
     assert rows["base_recommendations"] == 5 * rows["base_responses"]
-    assert rows["baseline_recommendations"] == 2 * 5 * rows["base_responses"]
-    assert rows["user_metrics"] == 6 * rows["base_responses"]
+    assert rows["baseline_recommendations"] == 13 * 5 * rows["base_responses"]
+    assert rows["user_metrics"] == (4 + 13) * rows["base_responses"]
 
 
 def test_the_metric_table_compares_all_stages_on_the_same_users(finished: FinishedRun) -> None:
@@ -109,15 +112,29 @@ def test_the_metric_table_compares_all_stages_on_the_same_users(finished: Finish
         ("sft", "prompt"),
         ("dpo", "prompt"),
         ("rlhf", "prompt"),
+        ("als", "history"),
+        ("als", "prompt"),
+        ("ease", "history"),
+        ("ease", "prompt"),
+        ("itemknn", "history"),
+        ("itemknn", "prompt"),
+        ("itemknn-causal", "history"),
+        ("itemknn-causal", "prompt"),
         ("popularity", "history"),
         ("popularity", "prompt"),
+        ("popularity-causal", "history"),
+        ("sasrec", "history"),
+        ("sasrec", "prompt"),
     ]
+    shown = table["decoding"] == "ranking-shown"
+    assert table.loc[shown, "stage"].tolist() == ["popularity"]
+    assert (table.loc[table["decoding"] == "ranking", "seen"] == 0).all()
     assert table["n_users"].nunique() == 1 and table["n_users"].iloc[0] >= 60
     prompts = store.read_table("prompts", PARTITION)
     test_users = prompts.frame.loc[prompts.frame["split"] == "test", "user_id"].nunique()
     assert table["n_users"].iloc[0] == test_users
     assert set(table["prompts_version"]) == {prompts.version}
-    assert table["versus"].isna().tolist() == [True, False, False, False, True, True]
+    assert table["versus"].isna().tolist() == [True, False, False, False] + [True] * 13
     assert table["ndcg"].between(table["ndcg_low"], table["ndcg_high"]).all()
     # an untrained model hits next to nothing, a ranking by popularity does not
     popularity = table[table["stage"] == "popularity"]
@@ -257,7 +274,7 @@ def test_stages_that_answer_other_prompts_are_left_out_of_the_table(
     ]
     assert all("stale" in line for line in left_out)
     table = home.store.read_table("metric_table", PARTITION).frame
-    assert set(table["stage"]) == {"popularity"}
+    assert set(table["stage"]) == set(STAGES_OF_TABLE["baseline_recommendations"])
     assert set(table["prompts_version"]) == {home.current()["prompts"]}
 
 

@@ -6,8 +6,6 @@ import dagster as dg
 import pandas as pd
 
 from llmrec_assets.ground.answers import ground_responses, validity
-from llmrec_assets.ground.baselines import popularity_recommendations
-from llmrec_assets.ground.recommendations import evaluated_prompts, seen_sets
 from llmrec_assets.ground.stages import (
     CHECKPOINT_OF_STAGE,
     checkpoint_problems,
@@ -21,8 +19,8 @@ from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
-    TableResult,
     blocking_checks,
+    checked_table_result,
     table_result,
 )
 
@@ -264,25 +262,55 @@ def rlhf_recommendations(
     yield from _ground(context, storage, "rlhf", rlhf_responses, prompts, ratings, catalogue)
 
 
-@dg.asset(**table_options("baseline_recommendations", GROUP), partitions_def=run_partitions)
+@dg.asset(
+    **table_options("baseline_recommendations", GROUP),
+    partitions_def=run_partitions,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "keeps_the_contract",
+            asset="baseline_recommendations",
+            blocking=True,
+            description="Every list has k ranks of distinct catalogue films under their canonical "
+            "id, none of them already seen (`ranking-shown`: none that the prompt shows).",
+        ),
+        dg.AssetCheckSpec(
+            "fitted_on_training_users_only",
+            asset="baseline_recommendations",
+            blocking=True,
+            description="Every fit used exactly the training users' events, a time-causal one "
+            "none after its time, which is not after the cut-offs it answers; only validation "
+            "users chose hyperparameters.",
+        ),
+    ],
+)
 def baseline_recommendations(
     context: dg.AssetExecutionContext,
+    config: RunConfig,
     prompts: StoredTable,
     user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
     catalogue: pd.DataFrame,
-) -> TableResult:
-    """Popularity among the training users' liked films, for the same test windows."""
+) -> CheckedResult:
+    """Popularity, ItemKNN, EASE, implicit ALS and SASRec for the same test windows."""
+    from llmrec_assets.models.classical_lists import classical_lists
+
     recipe = recipe_of(context)
-    test_prompts = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
-    frame = popularity_recommendations(
-        ratings,
+    made = classical_lists(
+        prompts.frame,
         user_splits,
-        test_prompts,
-        seen_sets(test_prompts, ratings, catalogue),
+        ratings,
         catalogue,
-        liked_min=recipe.windows.liked_min,
-        top_k=recipe.windows.top_k,
+        recipe,
         prompts_version=prompts.version,
+        seed=config.seed_of(recipe),
+        say=context.log.info,
     )
-    return table_result("baseline_recommendations", frame, validity(frame))
+    yield from checked_table_result(
+        "baseline_recommendations",
+        made.frame,
+        made.problems,
+        {
+            **validity(made.frame),
+            **{name: dg.MetadataValue.json(fact) for name, fact in made.facts.items()},
+        },
+    )
