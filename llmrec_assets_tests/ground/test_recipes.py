@@ -97,7 +97,7 @@ def test_decoding_of_the_paper_recipe_is_written_out_and_greedy():
     assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
 
 
-def test_the_anonymised_control_differs_from_cpu_in_the_titles_and_the_bound_alone():
+def test_the_anonymised_control_differs_from_cpu_in_the_titles_alone():
     def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in values.items():
@@ -109,7 +109,7 @@ def test_the_anonymised_control_differs_from_cpu_in_the_titles_and_the_bound_alo
     differing = {key: (cpu[key], control[key]) for key in cpu if cpu[key] != control[key]}
     del differing["name"], differing["description"]
     assert cpu.keys() == control.keys()
-    assert differing == {"prompts.titles": ("real", "invented"), "sft.max_examples": (None, 1400)}
+    assert differing == {"prompts.titles": ("real", "invented")}
 
 
 # -- mistakes -----------------------------------------------------------------------------
