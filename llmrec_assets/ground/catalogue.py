@@ -6,6 +6,7 @@ thresholds (``grounding``), taking titles apart (``titles``).
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from copy import copy
@@ -23,6 +24,8 @@ from llmrec_assets.ground.titles import (
     title_variants,
 )
 
+#: Digits, or a Roman numeral of at least two letters ("i", "v" and "x" are words too).
+_NUMERAL = re.compile(r"\d+|(?=[ivx]{2})x{0,2}(?:ix|iv|v?i{0,3})")
 _Key = tuple[str, int | None]
 _K = TypeVar("_K", bound=Hashable)
 _NOBODY: tuple[int, ...] = ()
@@ -30,11 +33,12 @@ _NOBODY: tuple[int, ...] = ()
 
 @dataclass(frozen=True)
 class Forms:
-    """Spellings compared by similarity; the three lists are parallel."""
+    """Spellings compared by similarity; the lists are parallel."""
 
     texts: list[str]
     sorted_texts: list[str]
     """The same spellings, their words in alphabetical order."""
+    numerals: list[tuple[str, ...]]
     movie_ids: list[int]
 
 
@@ -54,6 +58,7 @@ class Catalogue:
         primary: dict[_Key, list[int]] = defaultdict(list)
         variant: dict[_Key, list[int]] = defaultdict(list)
         short: dict[_Key, list[int]] = defaultdict(list)
+        run_on: dict[_Key, list[int]] = defaultdict(list)
         forms: dict[int | None, list[tuple[str, int]]] = defaultdict(list)
         columns = (frame[name] for name in ("canonical_movie_id", "title", "year"))
         for movie, raw_title, raw_year in zip(*columns, strict=True):
@@ -66,6 +71,8 @@ class Catalogue:
             for key in map(normalise_title, variants):
                 variant[key, year].append(movie_id)
                 variant[key, None].append(movie_id)
+                run_on[_run_on(key), year].append(movie_id)
+                run_on[_run_on(key), None].append(movie_id)
             for key in map(normalise_title, short_names(title)):
                 short[key, year].append(movie_id)
             for form in comparison_forms(variants):
@@ -76,10 +83,12 @@ class Catalogue:
         self._primary = _distinct(primary)
         self._variant = _distinct(variant)
         self._short = _distinct(short)
+        self._run_on = _distinct(run_on)
         self._forms = {
             year: Forms(
                 [form for form, _ in pairs],
                 [sort_words(form) for form, _ in pairs],
+                [numerals(form) for form, _ in pairs],
                 [movie_id for _, movie_id in pairs],
             )
             for year, pairs in forms.items()
@@ -116,16 +125,17 @@ class Catalogue:
         """The film of a normalised name (``normalise_title``).
 
         With a year: the film of that title and year; else the only one with that alternative
-        name; else the only one of that short name. Without: the only film with the name, whatever
+        name; else the only one of that short name; else the only one spelled so without its
+        blanks and "and"s ("MASH" is "M*A*S*H"). Without: the only film with the name, whatever
         its year; no short names then, since "Dracula" is not "Dracula: Dead and Loving It".
         """
-        found = self._present(self._variant.get((key, year), _NOBODY))
-        if year is None:
-            return _only(found)
         titled = self._present(self._primary.get((key, year), _NOBODY))
-        if titled:
+        if year is not None and titled:
             return titled[0]
-        return _only(found or self._present(self._short.get((key, year), _NOBODY)))
+        found = self._present(self._variant.get((key, year), _NOBODY))
+        if not found and year is not None:
+            found = self._present(self._short.get((key, year), _NOBODY))
+        return _only(found or self._present(self._run_on.get((_run_on(key), year), _NOBODY)))
 
     def forms(self, year: int | None) -> Forms | None:
         """What to compare a text of this year with; ``None``: of all films, without their years.
@@ -153,6 +163,15 @@ def comparison_forms(names: Iterable[str]) -> list[str]:
 def sort_words(form: str) -> str:
     """The words in alphabetical order."""
     return " ".join(sorted(form.split()))
+
+
+def numerals(form: str) -> tuple[str, ...]:
+    """The numbers among the words, Roman ones too, in alphabetical order."""
+    return tuple(sorted(word for word in form.split() if _NUMERAL.fullmatch(word)))
+
+
+def _run_on(key: str) -> str:
+    return "".join(word for word in key.split() if word != "and")
 
 
 def _distinct(found: Mapping[_K, list[int]]) -> dict[_K, tuple[int, ...]]:

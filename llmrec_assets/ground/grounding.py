@@ -8,7 +8,6 @@ the recommendations. How good it is: ``bench/grounding``.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Literal
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from llmrec_assets.ground.catalogue import Catalogue, Forms, comparison_forms, sort_words
+from llmrec_assets.ground.catalogue import Catalogue, Forms, comparison_forms, numerals, sort_words
 from llmrec_assets.ground.recipes import GroundingRecipe
 from llmrec_assets.ground.titles import (
     normalise_title,
@@ -36,8 +35,6 @@ _FULL_LENGTH_ALLOWANCE = 2.0
 _MARGIN = 2.0
 #: Longer than any title: prose, not worth comparing.
 _LONGEST_TEXT = 300
-#: Digits, or a Roman numeral of at least two letters ("i", "v" and "x" are words too).
-_NUMERAL = re.compile(r"\d+|(?=[ivx]{2})x{0,2}(?:ix|iv|v?i{0,3})")
 #: Texts compared at once: bounds the memory to this many times the spellings of a catalogue.
 _BATCH = 512
 
@@ -147,10 +144,10 @@ class Grounder:
                 _ratios(given, forms.texts, full_length),
                 _ratios([sort_words(query) for query in given], forms.sorted_texts, full_length),
             )
-            for row, column in zip(*np.nonzero(ratios > 0), strict=True):
+            for row, column in zip(*np.nonzero(ratios >= full_length), strict=True):
                 text, query = batch[row]
                 form, movie_id = forms.texts[column], forms.movie_ids[column]
-                if not self._catalogue.has(movie_id) or _numerals(form) != _numerals(query):
+                if not self._catalogue.has(movie_id) or forms.numerals[column] != numerals(query):
                     continue
                 score = fuzz.WRatio(query, form)
                 if score >= threshold:
@@ -173,14 +170,9 @@ class Grounder:
 def _ratios(queries: Sequence[str], forms: Sequence[str], at_least: float) -> np.ndarray:
     """``fuzz.ratio`` of every query (rows) with every form (columns), 0 where below ``at_least``.
 
-    In double precision, so that the cut is where ``fuzz.ratio`` itself would cut. A threshold that
-    lets everything pass keeps a ratio of 0 distinct from "below".
+    In double precision, so that the cut is where ``fuzz.ratio`` itself would cut.
     """
     found: np.ndarray = process.cdist(
-        queries, forms, scorer=fuzz.ratio, score_cutoff=max(at_least, 1e-9), dtype=np.float64
+        queries, forms, scorer=fuzz.ratio, score_cutoff=max(at_least, 0.0), dtype=np.float64
     )
     return found
-
-
-def _numerals(form: str) -> list[str]:
-    return sorted(word for word in form.split() if _NUMERAL.fullmatch(word))

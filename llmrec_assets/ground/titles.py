@@ -30,7 +30,7 @@ _BEHIND_YEAR = re.compile(r"[(\[]\d{4}[)\]](?:\s*\((?:V|TV|VG)\))?")
 _GENRE = (
     r"(?:action|adventure|animat(?:ion|ed)|biography|child(?:ren)?(?:'?s)?|comedy|crime"
     r"|documentary|drama|family|fantasy|film[- ]noir|history|horror|imax|music(?:al)?|mystery"
-    r"|romance|romantic comedy|sci-?fi|science fiction|sport|thriller|war|western)"
+    r"|romance|romantic comedy|sci-?fi|science fiction|sport|thriller|unknown|war|western)"
 )
 _GENRES = rf"{_GENRE}(?:\s*(?:[,/|;&]|\band\b)\s*{_GENRE})*"
 _APPENDED_GENRES = re.compile(
@@ -73,7 +73,9 @@ def short_names(title: str) -> list[str]:
     """
     name, _ = split_year(title)
     main, alternatives = _parts(name)
-    short = [part[: at.start()] for part in (main, *alternatives) for at in _SUBTITLE.finditer(part)]
+    short = [
+        part[: at.start()] for part in (main, *alternatives) for at in _SUBTITLE.finditer(part)
+    ]
     return sorted(filter(None, dict.fromkeys(short)), key=len, reverse=True)
 
 
@@ -85,7 +87,7 @@ def without_genres(text: str) -> str:
     >>> without_genres("Heat (1995) | Action, Crime"), without_genres("Heat [Action, Crime]")
     ('Heat (1995)', 'Heat')
     """
-    years = list(_BEHIND_YEAR.finditer(text))
+    years = [found for found in _BEHIND_YEAR.finditer(text) if text[: found.start()].strip()]
     if len(years) == 1:
         return text[: years[0].end()]
     return text if years else _APPENDED_GENRES.sub("", text) or text
@@ -96,9 +98,11 @@ def fold(text: str) -> str:
 
     An apostrophe joins ("Schindler's" is "schindlers"), other punctuation separates.
     """
-    decomposed = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES).casefold())
-    plain = "".join(char for char in decomposed if not unicodedata.combining(char))
-    plain = plain.casefold().replace("&", " and ").replace("'", "")
+    plain = text.translate(_APOSTROPHES).casefold()
+    if not plain.isascii():  # nothing to decompose otherwise, and most titles are
+        decomposed = unicodedata.normalize("NFKD", plain)
+        plain = "".join(char for char in decomposed if not unicodedata.combining(char)).casefold()
+    plain = plain.replace("&", " and ").replace("'", "")
     return _NOT_WORD.sub(" ", plain).strip()
 
 
