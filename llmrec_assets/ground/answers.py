@@ -6,13 +6,18 @@ its validity counts. What does not: the parts (``completions``, ``grounding``, `
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pandas as pd
 
-from llmrec_assets.ground.completions import parse_response
+from llmrec_assets.ground.completions import parse_response, render_completion
 from llmrec_assets.ground.grounding import Catalogue, Grounder
 from llmrec_assets.ground.recipes import GroundingRecipe
 from llmrec_assets.ground.recommendations import seen_sets, slots
 from llmrec_assets.ground.store import checkpoint_version
+
+#: Titles in one answer of the check: as in the paper's, so that one title can spoil another.
+_TITLES_PER_ANSWER = 5
 
 
 def ground_responses(
@@ -39,6 +44,39 @@ def ground_responses(
     }
     grounded = responses.assign(answer_version=responses["answer_version"].map(version_of))
     return slots(grounded, parse_response, grounder.ground, seen, top_k)
+
+
+def parsing_problems(movies: pd.DataFrame, recipe: GroundingRecipe) -> list[str]:
+    """Titles that, written as an answer and parsed and grounded again, are not their film.
+
+    The paper's parser broke titles at apostrophes, and WRatio gave the fragments to other films.
+    Grounded by the ladder whatever the recipe's method: what the paper's rule does to a title is
+    its result, not a fault of the run.
+
+    Args:
+        movies: ``MOVIES``.
+
+    Returns:
+        One line per title that does not survive; empty where all do.
+    """
+    grounder = Grounder(Catalogue(movies), recipe.model_copy(update={"method": "ladder"}))
+    titles = [title.strip() for title in movies["title"].tolist()]
+    films = movies["canonical_movie_id"].tolist()
+    problems = []
+    for start in range(0, len(titles), _TITLES_PER_ANSWER):
+        asked = titles[start : start + _TITLES_PER_ANSWER]
+        items = parse_response(render_completion(asked))
+        found = [match.movie_id for match in grounder.ground(items)]
+        wanted = films[start : start + _TITLES_PER_ANSWER]
+        if found == wanted:
+            continue
+        problems += [
+            f"movies: {title!r} (film {film}) is read out of {render_completion(asked)} as "
+            f"{item!r}, film {got}: mend completions.parse_response or grounding"
+            for title, film, item, got in zip_longest(asked, wanted, items, found)
+            if film != got
+        ]
+    return problems
 
 
 def validity(recommendations: pd.DataFrame) -> dict[str, float | int]:

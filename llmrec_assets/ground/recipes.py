@@ -276,10 +276,13 @@ class GenerationRecipe(Section):
 
 
 class GroundingRecipe(Section):
-    """``ladder`` refuses below ``threshold`` (0 to 100); ``paper``, plain WRatio, never refuses."""
+    """``ladder`` refuses below ``threshold`` (0 to 100); ``paper``, plain WRatio, never refuses.
+
+    The default threshold is the one that ``bench/grounding`` chooses.
+    """
 
     method: Literal["ladder", "paper"] = "ladder"
-    threshold: Annotated[float, Field(ge=0, le=100)] = 90.0
+    threshold: Annotated[float, Field(ge=0, le=100)] = 88.0
 
 
 Grid = Annotated[tuple[Count, ...], Field(min_length=1)]

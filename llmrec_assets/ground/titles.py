@@ -24,6 +24,18 @@ _PARENTHESES = re.compile(r"\(([^()]*)\)")
 _ALSO_KNOWN_AS = re.compile(r"\A\s*a\.?k\.?a\.?\s+", re.IGNORECASE)
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'"))
 _NOT_WORD = re.compile(r"[\W_]+")
+_SUBTITLE = re.compile(r",?\s+or:\s+|:\s+|\s+[-\u2013\u2014]\s+", re.IGNORECASE)
+_BEHIND_YEAR = re.compile(r"[(\[]\d{4}[)\]](?:\s*\((?:V|TV|VG)\))?")
+#: What MovieLens calls a film, and the same in a model's words.
+_GENRE = (
+    r"(?:action|adventure|animat(?:ion|ed)|biography|child(?:ren)?(?:'?s)?|comedy|crime"
+    r"|documentary|drama|family|fantasy|film[- ]noir|history|horror|imax|music(?:al)?|mystery"
+    r"|romance|romantic comedy|sci-?fi|science fiction|sport|thriller|unknown|war|western)"
+)
+_GENRES = rf"{_GENRE}(?:\s*(?:[,/|;&]|\band\b)\s*{_GENRE})*"
+_APPENDED_GENRES = re.compile(
+    rf"\s*(?:[(\[]{_GENRES}[)\]]|(?:[|:;]|\s[-\u2013\u2014])\s*{_GENRES})\s*\Z", re.IGNORECASE
+)
 
 
 def split_year(title: str) -> tuple[str, int | None]:
@@ -51,14 +63,46 @@ def title_variants(title: str) -> list[str]:
     return [variant for variant in variants if variant]
 
 
+def short_names(title: str) -> list[str]:
+    """What is left of a title's names without a subtitle, without year; the longest first.
+
+    >>> short_names("Star Wars: Episode IV - A New Hope (1977)")
+    ['Star Wars: Episode IV', 'Star Wars']
+    >>> short_names("Heat (1995)")
+    []
+    """
+    name, _ = split_year(title)
+    main, alternatives = _parts(name)
+    short = [
+        part[: at.start()] for part in (main, *alternatives) for at in _SUBTITLE.finditer(part)
+    ]
+    return sorted(filter(None, dict.fromkeys(short)), key=len, reverse=True)
+
+
+def without_genres(text: str) -> str:
+    """A title without what was appended to it: anything behind its year, or a list of genres.
+
+    Two bracketed years are two films, or none: such a text stays as it is.
+
+    >>> without_genres("Heat (1995) | Action, Crime"), without_genres("Heat [Action, Crime]")
+    ('Heat (1995)', 'Heat')
+    """
+    years = [found for found in _BEHIND_YEAR.finditer(text) if text[: found.start()].strip()]
+    if len(years) == 1:
+        return text[: years[0].end()]
+    return text if years else _APPENDED_GENRES.sub("", text) or text
+
+
 def fold(text: str) -> str:
     """Case, accents and punctuation folded; the words stay in their order.
 
     An apostrophe joins ("Schindler's" is "schindlers"), other punctuation separates.
     """
-    decomposed = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES).casefold())
-    plain = "".join(char for char in decomposed if not unicodedata.combining(char))
-    plain = plain.casefold().replace("&", " and ").replace("'", "")
+    plain = text.translate(_APOSTROPHES).casefold()
+    if not plain.isascii():  # nothing to decompose otherwise, and most titles are
+        decomposed = unicodedata.normalize("NFKD", plain)
+        plain = "".join(char for char in decomposed if not unicodedata.combining(char)).casefold()
+    plain = plain.replace("&", " and ").replace("'", "")
     return _NOT_WORD.sub(" ", plain).strip()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
-from llmrec_assets.ground.answers import ground_responses, validity
+from llmrec_assets.ground import answers
+from llmrec_assets.ground.answers import ground_responses, parsing_problems, validity
 from llmrec_assets.ground.recipes import GroundingRecipe
 from llmrec_assets.ground.schemas import RECOMMENDATIONS
 from llmrec_assets.ground.tables import conform
@@ -138,3 +141,22 @@ def test_validity_counts_shares_of_slots():
 
 def test_validity_of_nothing():
     assert validity(ground(responses())) == {"slots": 0}
+
+
+def test_every_title_survives_being_written_and_read() -> None:
+    assert parsing_problems(MOVIES, GroundingRecipe()) == []
+    # the published rule is not asked: its own mistakes are results
+    assert parsing_problems(MOVIES, GroundingRecipe(method="paper")) == []
+
+
+def test_a_title_that_does_not_survive_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken at the apostrophe, the second title also pushes the others out of their slots."""
+    monkeypatch.setattr(
+        answers,
+        "parse_response",
+        lambda text: [piece for item in json.loads(text) for piece in item.split("'")],
+    )
+    problems = parsing_problems(MOVIES, GroundingRecipe())
+    assert problems[0].startswith('movies: "Schindler\'s List (1993)" (film 2) is read out of [')
+    assert "as 'Schindler', film None" in problems[0]
+    assert parsing_problems(MOVIES[~MOVIES["title"].str.contains("'")], GroundingRecipe()) == []

@@ -10,6 +10,8 @@ import dagster as dg
 import pandas as pd
 import pytest
 
+from llmrec_assets.ground import answers
+from llmrec_assets.ground.completions import parse_response
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.splits import split_users
@@ -253,3 +255,29 @@ def test_a_missing_file_is_named_and_nothing_is_published(new_home, tmp_path) ->
         home.run(instance)
     assert not (home.location / "tables").exists()
     assert not list((home.location / "checkpoints").rglob("current.json"))
+
+
+def up_to_an_apostrophe(text: str, max_items: int | None = None) -> list[str]:
+    """The paper's parser: an apostrophe is a quote, and what stands behind it another item."""
+    items = [piece for item in parse_response(text) for piece in item.split("'")]
+    return [item.strip() for item in items if item.strip()][:max_items]
+
+
+def test_a_parser_that_breaks_at_apostrophes_is_blocked(
+    copied: tuple[Home, dg.DagsterInstance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, instance = copied
+    before = home.current()
+    monkeypatch.setattr(answers, "parse_response", up_to_an_apostrophe)
+    result = home.materialize(instance, "sft_recommendations")
+    failed = {
+        (check.asset_key.to_user_string(), check.check_name)
+        for check in result.get_asset_check_evaluations()
+        if not check.passed
+    }
+    assert not result.success
+    assert failed == {("sft_recommendations", "catalogue_survives_parsing")}
+    error = next(e for e in result.all_events if e.is_step_failure).step_failure_data.error
+    assert "sft_recommendations is not published, check catalogue_survives_parsing" in error.message
+    assert "'" in error.message and "mend completions.parse_response" in error.message
+    assert home.current() == before

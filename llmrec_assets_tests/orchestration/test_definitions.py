@@ -31,6 +31,7 @@ RECOMMENDATIONS = {f"{stage}_recommendations" for stage in (*STAGES, "baseline")
 TRAIN_ONLY = "trained_on_training_users_only"
 OWN = "answered_by_its_own_checkpoint"
 CURRENT = "answers_of_the_current_checkpoint"
+SURVIVES = "catalogue_survives_parsing"
 TRAININGS = {"dpo_checkpoint", "reward_model", "rlhf_checkpoint"}
 GROUNDED = {"prompts", "ratings", "catalogue"}
 
@@ -166,7 +167,7 @@ GRAPH = {
         {"base_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT},
+        {CURRENT, SURVIVES},
     ),
     "sft_recommendations": (
         "recommendations",
@@ -174,7 +175,7 @@ GRAPH = {
         {"sft_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT},
+        {CURRENT, SURVIVES},
     ),
     "dpo_recommendations": (
         "recommendations",
@@ -182,7 +183,7 @@ GRAPH = {
         {"dpo_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT},
+        {CURRENT, SURVIVES},
     ),
     "rlhf_recommendations": (
         "recommendations",
@@ -190,7 +191,7 @@ GRAPH = {
         {"rlhf_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT},
+        {CURRENT, SURVIVES},
     ),
     "baseline_recommendations": (
         "recommendations",

@@ -33,6 +33,7 @@ CHECKS = {
     *((asset, "trained_on_training_users_only") for asset in TRAININGS),
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "answers_of_the_current_checkpoint") for stage in STAGES),
+    *((f"{stage}_recommendations", "catalogue_survives_parsing") for stage in STAGES),
 }
 #: May fail: the tiny reward model knows nothing.
 WARNING = ("reward_model", "ranks_validation_pairs")

@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground.answers import ground_responses, validity
+from llmrec_assets.ground.answers import ground_responses, parsing_problems, validity
 from llmrec_assets.ground.stages import (
     CHECKPOINT_OF_STAGE,
     checkpoint_problems,
@@ -174,6 +174,19 @@ def _current_answers(stage: str) -> dg.AssetCheckSpec:
     )
 
 
+_SURVIVES = "catalogue_survives_parsing"
+
+
+def _surviving_catalogue(stage: str) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(
+        _SURVIVES,
+        asset=f"{stage}_recommendations",
+        blocking=True,
+        description="Every title of the catalogue, written as an answer and parsed and grounded "
+        "again, is that film: no apostrophe, comma or bracket makes a film unreachable.",
+    )
+
+
 def _ground(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
@@ -187,7 +200,8 @@ def _ground(
     problems = response_problems(
         responses, stage, storage.store(), context.partition_key, prompts.version
     )
-    yield from blocking_checks(f"{stage}_recommendations", {_CURRENT: problems})
+    unread = parsing_problems(catalogue, recipe.grounding)
+    yield from blocking_checks(f"{stage}_recommendations", {_CURRENT: problems, _SURVIVES: unread})
     frame = ground_responses(
         responses, prompts.frame, ratings, catalogue, recipe.grounding, recipe.windows.top_k
     )
@@ -197,7 +211,7 @@ def _ground(
 @dg.asset(
     **table_options("base_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("base")],
+    check_specs=[_current_answers("base"), _surviving_catalogue("base")],
 )
 def base_recommendations(
     context: dg.AssetExecutionContext,
@@ -214,7 +228,7 @@ def base_recommendations(
 @dg.asset(
     **table_options("sft_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("sft")],
+    check_specs=[_current_answers("sft"), _surviving_catalogue("sft")],
 )
 def sft_recommendations(
     context: dg.AssetExecutionContext,
@@ -231,7 +245,7 @@ def sft_recommendations(
 @dg.asset(
     **table_options("dpo_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("dpo")],
+    check_specs=[_current_answers("dpo"), _surviving_catalogue("dpo")],
 )
 def dpo_recommendations(
     context: dg.AssetExecutionContext,
@@ -248,7 +262,7 @@ def dpo_recommendations(
 @dg.asset(
     **table_options("rlhf_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("rlhf")],
+    check_specs=[_current_answers("rlhf"), _surviving_catalogue("rlhf")],
 )
 def rlhf_recommendations(
     context: dg.AssetExecutionContext,
