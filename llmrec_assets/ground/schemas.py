@@ -166,7 +166,7 @@ RECOMMENDATIONS = _schema(
 
 USER_METRICS = _schema(
     *_WINDOW_KEY,
-    ("protocol", pa.string(), False, "evaluation protocol: 'user-split'"),
+    ("protocol", pa.string(), False, "evaluation protocol: 'user-split' or 'temporal'"),
     ("stage", pa.string(), False, "model stage or classical recommender"),
     ("decoding", pa.string(), False, "how the list was made"),
     ("information_set", pa.string(), False, "what the recommender saw"),

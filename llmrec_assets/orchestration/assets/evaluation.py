@@ -55,7 +55,8 @@ def user_metrics(
     stages = current_stages(storage.store(), context.partition_key, prompts.version)
     for line in stages.left_out:
         context.log.warning(line)
-    frame = evaluation.user_metrics(stages.recommendations, prompts.frame, movies)
+    protocol = recipe_of(context).windows.protocol
+    frame = evaluation.user_metrics(stages.recommendations, prompts.frame, movies, protocol)
     return table_result(
         "user_metrics",
         frame,

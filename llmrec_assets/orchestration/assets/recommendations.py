@@ -8,6 +8,7 @@ import pandas as pd
 from llmrec_assets.ground.answers import ground_responses, validity
 from llmrec_assets.ground.baselines import popularity_recommendations
 from llmrec_assets.ground.recommendations import evaluated_prompts, seen_sets
+from llmrec_assets.ground.splits import training_ratings
 from llmrec_assets.ground.stages import (
     CHECKPOINT_OF_STAGE,
     checkpoint_problems,
@@ -276,7 +277,7 @@ def baseline_recommendations(
     recipe = recipe_of(context)
     test_prompts = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
     frame = popularity_recommendations(
-        ratings,
+        training_ratings(ratings, user_splits, recipe.windows),
         user_splits,
         test_prompts,
         seen_sets(test_prompts, ratings, movies),
