@@ -295,6 +295,16 @@ class EvaluationRecipe(Section):
     max_test_users: Count | None = None
 
 
+class LeaveLastOutRecipe(Section):
+    """Leave-last-out over all films; each recommender's setting is chosen on the last film but
+    one. The settings are ours."""
+
+    min_interactions: Annotated[int, Field(ge=3)] = 5
+    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10)
+    knn_neighbours: tuple[Count, ...] = (20, 100)
+    ease_regularization: tuple[Annotated[float, Field(gt=0)], ...] = (100.0, 300.0, 1000.0)
+
+
 class Recipe(Section):
     """One recipe file, validated. Frozen: a recipe is a value."""
 
@@ -317,6 +327,7 @@ class Recipe(Section):
     generation: GenerationRecipe = GenerationRecipe()
     grounding: GroundingRecipe = GroundingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    leave_last_out: LeaveLastOutRecipe = LeaveLastOutRecipe()
 
 
 class _Loader(yaml.SafeLoader):

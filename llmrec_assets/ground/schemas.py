@@ -227,6 +227,16 @@ SAMPLE_RECOMMENDATIONS = _schema(
     ("is_hit", pa.bool_(), False, "it is in the ground truth and counts"),
 )
 
+LEAVE_LAST_OUT = _schema(
+    ("recommender", pa.string(), False, "'popularity', 'item-knn' or 'ease'"),
+    ("setting", pa.string(), False, "hyperparameter chosen on the last film but one; '': none"),
+    ("k", pa.int16(), False, "list length"),
+    ("n_users", pa.int32(), False, "users with enough films, one target each"),
+    ("n_items", pa.int32(), False, "films ranked, less those the user has met"),
+    *_interval("hr", "share of users whose last film is among the first k"),
+    *_interval("ndcg", "mean NDCG@k of the last film"),
+)
+
 #: Schema by asset name. ``*_responses`` and ``*_recommendations`` share one schema each.
 SCHEMAS: dict[str, pa.Schema] = {
     "ratings": RATINGS,
@@ -243,4 +253,5 @@ SCHEMAS: dict[str, pa.Schema] = {
     "user_metrics": USER_METRICS,
     "metric_table": METRIC_TABLE,
     "sample_recommendations": SAMPLE_RECOMMENDATIONS,
+    "leave_last_out": LEAVE_LAST_OUT,
 }
