@@ -64,9 +64,7 @@ def classical_leave_last_out(
     """
     split = leave_last_out(ratings, canonical, recipe.min_interactions)
     with _threads_as_they_were():
-        result = leave_last_out_table(
-            split, classical_candidates(recipe), recipe, evaluation, seed
-        )
+        result = leave_last_out_table(split, classical_candidates(recipe), recipe, evaluation, seed)
     return result, split.share_tied
 
 
@@ -74,7 +72,7 @@ def _fit_popularity(histories: Sequence[Ints], n_items: int) -> Scorer:
     """By the number of users; films of equal number are tied."""
     scorer = PopScorer(score="count")
     scorer.train(_dataset(histories, n_items), _OPTIONS)
-    scores = scorer(_all_items(n_items)).scores("numpy").astype(np.float64)
+    scores = np.asarray(scorer(_all_items(n_items)).scores("numpy"), dtype=np.float64)
 
     def score(histories: Sequence[Ints]) -> Floats:
         return np.tile(scores, (len(histories), 1))

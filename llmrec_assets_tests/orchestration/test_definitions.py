@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conftest import Home
 
 PROJECT = Path(__file__).resolve().parents[2]
-HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "matplotlib"]
+HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "matplotlib", "lenskit"]
 
 STAGES = ("base", "sft", "dpo", "rlhf")
 RECOMMENDATIONS = {f"{stage}_recommendations" for stage in (*STAGES, "baseline")}
@@ -212,6 +212,14 @@ GRAPH = {
         "evaluation",
         "dataset|recipe",
         {"prompts", "interaction_windows", "movies", *RECOMMENDATIONS},
+        None,
+        "table_io",
+        set(),
+    ),
+    "leave_last_out": (
+        "evaluation",
+        "dataset|recipe",
+        {"ratings", "movies"},
         None,
         "table_io",
         set(),

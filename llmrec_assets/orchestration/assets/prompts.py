@@ -78,7 +78,9 @@ def interaction_windows(
             "users_without": int(user_splits["user_id"].nunique() - frame["user_id"].nunique()),
             **{f"windows_{n}": int(c) for n, c in frame["split"].value_counts().items()},
             "protocol": recipe.windows.protocol,
-            "split_time": "none" if split_time is None else dg.MetadataValue.timestamp(split_time),
+            "split_time": "none"
+            if split_time is None
+            else dg.MetadataValue.timestamp(float(split_time)),
         },
     )
 
