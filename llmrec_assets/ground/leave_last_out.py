@@ -14,7 +14,8 @@ validation film too.
 Two limits are the protocol's own. Users are not apart and time is not global: a scorer learns
 from other users' later interactions (Ji et al., "A Critical Study on Data Leakage in Recommender
 System Offline Evaluation", TOIS 2023). And MovieLens users rated many films at one sitting, so
-"next" is often the order of a web page. LLM stages are no rows here: their training windows may
+"next" is often the order of a web page (Woolridge et al., "Sequence or Pseudo-Sequence?", RecSys
+2021 workshops). LLM stages are no rows here: their training windows may
 hold a user's last film, and a list of k titles ranks no catalogue.
 """
 

@@ -20,8 +20,10 @@ ASKED = [np.array([0]), np.array([3, 2]), np.array([5, 1])]
 RECIPE = LeaveLastOutRecipe(knn_neighbours=(10,), ease_regularization=(2.0,))
 
 
-def _scores(recommender: str, asked: Sequence[Ints] = ASKED) -> Floats:
-    (candidate,) = [c for c in classical_candidates(RECIPE) if c.recommender == recommender]
+def _scores(
+    recommender: str, asked: Sequence[Ints] = ASKED, recipe: LeaveLastOutRecipe = RECIPE
+) -> Floats:
+    (candidate,) = [c for c in classical_candidates(recipe) if c.recommender == recommender]
     return candidate.fit(HISTORIES, N_ITEMS)(asked)
 
 
@@ -56,11 +58,22 @@ def test_item_knn_sums_cosine_similarities() -> None:
     np.testing.assert_allclose(np.nan_to_num(found), expected, atol=1e-5)
 
 
+def test_item_knn_with_one_neighbour_takes_each_films_nearest() -> None:
+    """Film 4 stands with film 0 only; film 0 stands nearer to film 1 than to films 2 and 4."""
+    one = RECIPE.model_copy(update={"knn_neighbours": (1,)})
+    found = _scores("item-knn", [np.array([4]), np.array([0]), np.array([4, 0])], one)
+    by_film_4, by_film_0 = 1 / np.sqrt(3), 2 / 3
+    assert np.nan_to_num(found) == pytest.approx(
+        np.array([[by_film_4, 0, 0, 0, 0, 0], [0, by_film_0, 0, 0, 0, 0],
+                  [by_film_4, by_film_0, 0, 0, 0, 0]])
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("recommender", ["popularity", "item-knn", "ease"])
 def test_scores_of_a_user_do_not_depend_on_company_or_on_a_second_fit(recommender: str) -> None:
     together = _scores(recommender)
     for row, films in enumerate(ASKED):
-        np.testing.assert_array_equal(_scores(recommender, [films]), together[[row]])
+        np.testing.assert_allclose(_scores(recommender, [films]), together[[row]], atol=1e-6)
 
 
 def test_taste_beats_popularity_where_there_is_taste() -> None:
