@@ -302,7 +302,7 @@ class LeaveLastOutRecipe(Section):
     min_interactions: Annotated[int, Field(ge=3)] = 5
     ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10)
     knn_neighbours: tuple[Count, ...] = (20, 100)
-    ease_regularization: tuple[Annotated[float, Field(gt=0)], ...] = (30.0, 100.0, 300.0)
+    ease_regularization: tuple[Annotated[float, Field(gt=0)], ...] = (100.0, 300.0, 1000.0)
 
 
 class Recipe(Section):
