@@ -27,6 +27,7 @@ CONFIGURABLE = {
     "dpo_checkpoint",
     "dpo_responses",
     "interaction_windows",
+    "leave_last_out",
     "metric_table",
     "preference_pairs",
     "reward_model",

@@ -2,8 +2,8 @@
 
 What belongs here: the ladder exact → normalised → similar → refused, and the published rule it is
 compared with. What does not: finding the items in a response (``completions``), taking titles
-apart (``titles``) and indexing them (``title_index``). Seen films and duplicates are judged later, by
-the recommendations. How good it is: ``bench/grounding``.
+apart (``titles``) and indexing them (``title_index``). Seen films and duplicates are judged later,
+by the recommendations. How good it is: ``bench/grounding``.
 """
 
 from __future__ import annotations

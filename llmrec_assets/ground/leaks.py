@@ -53,7 +53,9 @@ def window_problems(
     Held against: the context is exactly the last ``window_size`` interactions up to the cut-off;
     ``n_history`` counts what is not after it; the cut-off is valid; the ground truth is liked,
     strictly later, of films not in the history and without repeats; the split is the user's own
-    and no user stands in two; cut-offs are distinct and numbered by time.
+    and no user stands in two; cut-offs are distinct and numbered by time. Under the protocol
+    ``temporal`` also: a training window's cut-off and ground truth lie at or before the global
+    time, the other windows' cut-offs at or after it.
 
     Args:
         windows: ``INTERACTION_WINDOWS``.
@@ -68,10 +70,19 @@ def window_problems(
     problems = user_split_problems(user_splits)
     split_of = dict(zip(user_splits["user_id"], user_splits["split"], strict=True))
     histories = _histories(ratings, set(windows["user_id"]), canonical)
+    split_time = _split_time(ratings, recipe)
     for row in windows.to_dict("records"):
         user = row["user_id"]
         place = f"user {user}, window {row['window_index']}: "
-        found = _one_window(row, histories.get(user, []), recipe)
+        # by the user's own split, so that a window filed under another cannot vouch for itself
+        trains = split_of.get(user) == "train"
+        history = histories.get(user, [])
+        found = []
+        if split_time is not None:
+            found += _time_problems(row, history, trains, split_time)
+            if trains:
+                history = [i for i in history if i.timestamp <= split_time]
+        found += _one_window(row, history, recipe)
         if split_of.get(user) != row["split"]:
             found.append(f"split is {row['split']!r}, the user's is {split_of.get(user)!r}")
         problems += [place + problem for problem in found]
@@ -127,6 +138,34 @@ def _one_window(
         problems.append("ground truth repeats a film")
     if ground_truth != [i.movie_id for i in following[: recipe.top_k]]:
         problems.append(f"ground truth is not the next {recipe.top_k} liked films")
+    return problems
+
+
+def _split_time(ratings: pd.DataFrame, recipe: WindowRecipe) -> int | None:
+    """The global time of the protocol ``temporal``, counted rating by rating."""
+    if recipe.protocol != "temporal" or recipe.temporal_time is not None:
+        return recipe.temporal_time if recipe.protocol == "temporal" else None
+    times = sorted(ratings["timestamp"].tolist())
+    enough = recipe.temporal_quantile * len(times)
+    return next((time for made, time in enumerate(times, start=1) if made >= enough), None)
+
+
+def _time_problems(
+    row: dict[Any, Any], history: Sequence[_Interaction], trains: bool, split_time: int
+) -> list[str]:
+    """``history`` is all of the user's, whatever training may look at."""
+    cutoff = row["cutoff_timestamp"]
+    if not trains:
+        if cutoff < split_time:
+            return [f"cut-off {cutoff} lies before the global time {split_time}"]
+        return []
+    problems = []
+    if cutoff > split_time:
+        problems.append(f"training cut-off {cutoff} lies after the global time {split_time}")
+    late = {i.movie_id for i in history if i.timestamp > split_time}
+    found = [movie_id for movie_id in _ids(row["ground_truth_movie_ids"]) if movie_id in late]
+    if found:
+        problems.append(f"training ground truth was rated after the global time: {found}")
     return problems
 
 

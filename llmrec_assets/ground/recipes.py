@@ -53,7 +53,13 @@ class WindowsPerUser(Section):
 
 
 class WindowRecipe(Section):
-    """Interaction windows (paper §3.2)."""
+    """Interaction windows (paper §3.2).
+
+    ``protocol``: ``user-split`` is the paper's; ``temporal`` keeps the user split and adds a
+    global time T (``splits.temporal_split_time``): training windows end, ground truth included, at
+    or before T, and validation and test windows are cut off at or after it. T is the time by
+    which ``temporal_quantile`` of all ratings were made, or ``temporal_time`` (Unix seconds).
+    """
 
     window_size: Count = 10
     balance: Literal["either", "both"] = "either"
@@ -62,6 +68,9 @@ class WindowRecipe(Section):
     top_k: Count = 5
     liked_min: Annotated[int, Field(ge=2, le=5)] = 3
     windows_per_user: WindowsPerUser = WindowsPerUser()
+    protocol: Literal["user-split", "temporal"] = "user-split"
+    temporal_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    temporal_time: int | None = None
 
     @model_validator(mode="after")
     def _ground_truth_fits(self) -> WindowRecipe:
@@ -375,6 +384,16 @@ class ProbeRecipe(Section):
     shots: Count = 3
 
 
+class LeaveLastOutRecipe(Section):
+    """Leave-last-out over all films; each recommender's setting is chosen on the last film but
+    one. The settings are ours."""
+
+    min_interactions: Annotated[int, Field(ge=3)] = 5
+    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10)
+    knn_neighbours: tuple[Count, ...] = (20, 100)
+    ease_regularization: tuple[Annotated[float, Field(gt=0)], ...] = (100.0, 300.0, 1000.0)
+
+
 class Recipe(Section):
     """One recipe file, validated. Frozen: a recipe is a value."""
 
@@ -399,6 +418,7 @@ class Recipe(Section):
     baselines: BaselinesRecipe = BaselinesRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     probes: ProbeRecipe = ProbeRecipe()
+    leave_last_out: LeaveLastOutRecipe = LeaveLastOutRecipe()
 
 
 class _Loader(yaml.SafeLoader):

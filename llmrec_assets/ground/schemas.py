@@ -186,7 +186,7 @@ RECOMMENDATIONS = _schema(
 
 USER_METRICS = _schema(
     *_WINDOW_KEY,
-    ("protocol", pa.string(), False, "evaluation protocol: 'user-split'"),
+    ("protocol", pa.string(), False, "evaluation protocol: 'user-split' or 'temporal'"),
     ("stage", pa.string(), False, "model stage or classical recommender"),
     ("decoding", pa.string(), False, "how the list was made"),
     ("information_set", pa.string(), False, "what the recommender saw"),
@@ -270,6 +270,16 @@ MEMORISATION = _schema(
     ("checkpoint_version", pa.string(), False, "version of the base model that was asked"),
 )
 
+LEAVE_LAST_OUT = _schema(
+    ("recommender", pa.string(), False, "'popularity', 'item-knn' or 'ease'"),
+    ("setting", pa.string(), False, "hyperparameter chosen on the last film but one; '': none"),
+    ("k", pa.int16(), False, "list length"),
+    ("n_users", pa.int32(), False, "users with enough films, one target each"),
+    ("n_items", pa.int32(), False, "films ranked, less those the user has met"),
+    *_interval("hr", "share of users whose last film is among the first k"),
+    *_interval("ndcg", "mean NDCG@k of the last film"),
+)
+
 #: Schema by asset name. ``*_responses`` and ``*_recommendations`` share one schema each.
 SCHEMAS: dict[str, pa.Schema] = {
     "ratings": RATINGS,
@@ -288,4 +298,5 @@ SCHEMAS: dict[str, pa.Schema] = {
     "metric_table": METRIC_TABLE,
     "sample_recommendations": SAMPLE_RECOMMENDATIONS,
     "memorisation": MEMORISATION,
+    "leave_last_out": LEAVE_LAST_OUT,
 }

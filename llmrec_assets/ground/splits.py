@@ -1,7 +1,7 @@
-"""Which users train, validate and test.
+"""Which users train, validate and test, and until when training may look.
 
-What belongs here: the user split. What does not: windows and their cut-offs (``windows``) and
-the checks that nothing leaks across (``leaks``).
+What belongs here: the user split and the protocol ``temporal``'s global time. What does not:
+windows and their cut-offs (``windows``) and the checks that nothing leaks across (``leaks``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from llmrec_assets.ground.recipes import SplitRecipe
+from llmrec_assets.ground.errors import DataError
+from llmrec_assets.ground.recipes import SplitRecipe, WindowRecipe
 
 SPLITS = ("train", "validation", "test")
 
@@ -38,6 +39,38 @@ def split_users(user_ids: Iterable[int], recipe: SplitRecipe, seed: int) -> pd.D
             "split": pd.Series(splits, dtype="str"),
         }
     )
+
+
+def temporal_split_time(ratings: pd.DataFrame, recipe: WindowRecipe) -> int | None:
+    """The global time T of the protocol ``temporal``; ``None`` under ``user-split``.
+
+    A temporal split by one global time keeps events of other users' future out of training, which
+    a user split alone does not (Meng et al., "Exploring Data Splitting Strategies for the
+    Evaluation of Recommendation Models", RecSys 2020). T is the earliest rating time by which at
+    least ``temporal_quantile`` of all ratings (of every user: T is part of the protocol, not of
+    what is learned) were made, or ``temporal_time`` where the recipe names it.
+
+    Args:
+        ratings: ``RATINGS``, all of the data set, in any order.
+        recipe: protocol, quantile and explicit time.
+
+    Returns:
+        Unix seconds.
+
+    Raises:
+        DataError: there is no rating to take a quantile of.
+    """
+    if recipe.protocol != "temporal":
+        return None
+    if recipe.temporal_time is not None:
+        return recipe.temporal_time
+    if ratings.empty:
+        raise DataError(
+            "windows: the protocol temporal has no rating to find its global time in: "
+            "materialize ratings again, or name windows.temporal_time in the recipe"
+        )
+    made = ratings["timestamp"].value_counts().sort_index().cumsum()
+    return int(made.index[made >= recipe.temporal_quantile * len(ratings)][0])
 
 
 def _uniform(seed: int, user_id: int) -> float:

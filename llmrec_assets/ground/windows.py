@@ -11,6 +11,11 @@ Three rules carry the rest:
 * A film is counted once: where a user rated one film under two ids, only the earlier rating can
   be ground truth, so that no ground truth film is already in the history.
 * The draw is by a hash of (seed, user, cut-off): no other user's data can move it.
+
+Under the protocol ``temporal``, training users have no interaction after the global time at all,
+so that neither a training window's ground truth nor its being valid can come from there; the
+others' cut-offs lie at or after it. The global time is a quantile of all users' rating times, so
+there, and there only, other users' data can move a window; ``temporal_time`` prevents it.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import pyarrow as pa
 
 from llmrec_assets.ground.recipes import WindowRecipe
 from llmrec_assets.ground.schemas import INTERACTION_WINDOWS
+from llmrec_assets.ground.splits import temporal_split_time
 
 _CUTOFFS = pa.schema([("user_id", pa.int32()), ("cutoff_timestamp", pa.int64())])
 
@@ -35,12 +41,14 @@ WITH rated AS (
         row_number() OVER (
             PARTITION BY r.user_id, coalesce(c.canonical_movie_id, r.movie_id)
             ORDER BY r.timestamp, r.movie_id, r.rating
-        ) = 1 AS first_rating
+        ) = 1 AS first_rating,
+        r.user_id IN (SELECT user_id FROM user_splits WHERE split = 'train') AS trains
     FROM ratings AS r
     LEFT JOIN canonical AS c ON c.movie_id = r.movie_id
+    WHERE $split_time IS NULL OR r.timestamp <= $split_time OR NOT trains
 )
 SELECT
-    user_id, movie_id, rating, timestamp,
+    user_id, movie_id, rating, timestamp, trains,
     liked AND first_rating AS candidate,
     row_number() OVER history AS position,
     count(*) FILTER (liked) OVER history AS n_liked,
@@ -59,6 +67,7 @@ CREATE TEMP TABLE valid AS
 SELECT user_id, timestamp AS cutoff_timestamp, position, candidates
 FROM interactions
 WHERE ends_its_time
+  AND ($split_time IS NULL OR trains OR timestamp >= $split_time)
   AND all_candidates - candidates >= $min_ground_truth
   AND CASE WHEN $both
       THEN n_liked >= $min_per_class AND position - n_liked >= $min_per_class
@@ -123,7 +132,10 @@ ORDER BY d.user_id, d.window_index
 
 
 def valid_cutoffs(
-    ratings: pd.DataFrame, recipe: WindowRecipe, canonical: pd.DataFrame | None = None
+    ratings: pd.DataFrame,
+    recipe: WindowRecipe,
+    canonical: pd.DataFrame | None = None,
+    user_splits: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Every valid cut-off of every user.
 
@@ -135,11 +147,21 @@ def valid_cutoffs(
         ratings: ``RATINGS``, in any order.
         recipe: liked means ``rating >= liked_min``.
         canonical: ``movie_id`` and ``canonical_movie_id``; ``None``: every id is its own film.
+        user_splits: ``USER_SPLITS``; the protocol ``temporal`` asks which users train.
 
     Returns:
         Columns ``user_id`` and ``cutoff_timestamp`` (Unix seconds), ordered by both.
+
+    Raises:
+        ValueError: the protocol is ``temporal`` and ``user_splits`` is ``None``.
     """
-    with _connection(ratings, recipe, canonical, threads=2) as connection:
+    if user_splits is None:
+        if recipe.protocol == "temporal":
+            raise ValueError("valid cut-offs under the protocol temporal need user_splits")
+        user_splits = pd.DataFrame({"user_id": [], "split": []}).astype(
+            {"user_id": "int32", "split": "str"}
+        )
+    with _connection(ratings, user_splits, recipe, canonical, threads=2) as connection:
         found = connection.sql(
             "SELECT user_id, cutoff_timestamp FROM valid ORDER BY user_id, cutoff_timestamp"
         ).to_arrow_table()
@@ -160,7 +182,9 @@ def interaction_windows(
     Context: the last ``window_size`` interactions up to and including the cut-off; fewer where
     the history is shorter. Ground truth: the next ``top_k`` liked films after it, ordered by
     (time, movie id), without films already rated under another id. Both hold ids as rated.
-    ``min(windows_per_user[split], valid cut-offs)`` distinct cut-offs are drawn per user.
+    ``min(windows_per_user[split], valid cut-offs)`` distinct cut-offs are drawn per user. Under
+    the protocol ``temporal`` a training window near the global time may have fewer ground truth
+    films than ``top_k``: those that follow later are not known.
 
     Args:
         ratings: ``RATINGS``, in any order.
@@ -174,8 +198,7 @@ def interaction_windows(
         ``INTERACTION_WINDOWS``, ordered by (user, window); zero rows when no cut-off is valid.
     """
     per_user = recipe.windows_per_user
-    with _connection(ratings, recipe, canonical, threads) as connection:
-        connection.register("user_splits", _arrow(user_splits, "user_id", "split"))
+    with _connection(ratings, user_splits, recipe, canonical, threads) as connection:
         found = connection.sql(
             _WINDOWS,
             params={
@@ -191,7 +214,11 @@ def interaction_windows(
 
 
 def _connection(
-    ratings: pd.DataFrame, recipe: WindowRecipe, canonical: pd.DataFrame | None, threads: int
+    ratings: pd.DataFrame,
+    user_splits: pd.DataFrame,
+    recipe: WindowRecipe,
+    canonical: pd.DataFrame | None,
+    threads: int,
 ) -> duckdb.DuckDBPyConnection:
     """An in-memory database that holds ``interactions`` and ``valid``."""
     if canonical is None:
@@ -199,10 +226,14 @@ def _connection(
     connection = duckdb.connect(":memory:", config={"threads": threads})
     connection.register("ratings", _arrow(ratings, "user_id", "movie_id", "rating", "timestamp"))
     connection.register("canonical", _arrow(canonical, "movie_id", "canonical_movie_id"))
-    connection.execute(_INTERACTIONS, {"liked_min": recipe.liked_min})
+    connection.register("user_splits", _arrow(user_splits, "user_id", "split"))
+    # without a rating there is no window to cut and no time to find
+    split_time = None if ratings.empty else temporal_split_time(ratings, recipe)
+    connection.execute(_INTERACTIONS, {"liked_min": recipe.liked_min, "split_time": split_time})
     connection.execute(
         _VALID,
         {
+            "split_time": split_time,
             "min_ground_truth": recipe.min_ground_truth,
             "min_per_class": recipe.min_per_class,
             "both": recipe.balance == "both",

@@ -43,6 +43,7 @@ from llmrec_assets.ground.recommender import (
     recommended_frame,
     windows_of,
 )
+from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.models.classical import LensKitScorer, ScoredRecommender, component
 from llmrec_assets.models.sasrec import SasRecScorer
 
@@ -86,6 +87,7 @@ class Tables:
     ) -> None:
         self.ratings, self.user_splits, self.movies = ratings, user_splits, movies
         self.recipe, self.seed = recipe, seed
+        self.until = temporal_split_time(ratings, recipe.windows)
         self.top_k, self.liked_min = recipe.windows.top_k, recipe.windows.liked_min
         film_of = canonical_ids(movies)
         self.catalogue = set(film_of.values())
@@ -120,6 +122,9 @@ class Tables:
         }
 
     def events(self, until: int | None = None) -> pd.DataFrame:
+        """Training users' events; under the protocol ``temporal`` those up to its global time,
+        where no other ``until`` is asked for."""
+        until = self.until if until is None else until
         return training_events(self.ratings, self.user_splits, self.movies, until)
 
     def ranking(self, events: pd.DataFrame) -> list[int]:
@@ -177,7 +182,7 @@ def classical_lists(
     started = perf_counter()
     events = tables.events()
     popularity = Popularity(tables.ranking(events))
-    records.append(fit_record("popularity", events, None, keys))
+    records.append(fit_record("popularity", events, tables.until, keys))
     for decoding, name, windows in (
         (RANKING, "history", tables.test["history"]),
         (RANKING_SHOWN, "prompt", shown),
@@ -188,7 +193,7 @@ def classical_lists(
     for stage in _TUNED:
         started = perf_counter()
         events = tables.events()
-        records.append(fit_record(stage, events, None, keys))
+        records.append(fit_record(stage, events, tables.until, keys))
         tuned[stage] = tune(tables, _candidates(tables, stage, events))
         seconds[stage] = perf_counter() - started
         for name, best in tuned[stage].items():

@@ -243,6 +243,48 @@ def test_metric_table_by_hand() -> None:
     assert table["recommendations_version"].tolist() == ["r-base", "r-sft", "r-apex"]
 
 
+def test_five_identical_windows_a_user_give_the_interval_of_one() -> None:
+    """Intervals are clustered by user: repeating what is known must not narrow them."""
+    lists = {user: [1, 2] if user % 3 == 0 else [9, None] for user in range(1, 31)}
+
+    def table(n_windows: int) -> pd.DataFrame:
+        keys = [(user, window) for user in lists for window in range(n_windows)]
+        both = pd.concat(
+            [
+                _recommendations({key: lists[key[0]] for key in keys}, "sft"),
+                _recommendations({key: [3, lists[key[0]][0]] for key in keys}),
+            ]
+        )
+        truth = _prompts({key: [1, 4] for key in keys})
+        return metric_table(user_metrics(both, truth, MOVIES, "temporal"), RECIPE, 0, 2)
+
+    one, five = table(1), table(5)
+    assert set(five["protocol"]) == {"temporal"}
+    assert five["n_users"].tolist() == one["n_users"].tolist() == [30, 30]
+    assert five["n_windows"].tolist() == [150, 150]
+    counts = ["n_windows", "hits"]
+    pd.testing.assert_frame_equal(five.drop(columns=counts), one.drop(columns=counts), rtol=1e-12)
+    assert one["ndcg_low"].max() < one["ndcg_high"].min()  # both have an interval to speak of
+
+
+def test_a_user_with_many_windows_weighs_as_one() -> None:
+    """User 1 hits in each of nine windows, users 2 to 4 miss in their only one."""
+    truth = {(1, window): [1] for window in range(9)} | {(user, 0): [1] for user in (2, 3, 4)}
+    lists = {key: [1, 9] if key[0] == 1 else [9, 8] for key in truth}
+    scores = user_metrics(_recommendations(lists), _prompts(truth), MOVIES)
+    (row,) = metric_table(scores, RECIPE, 0, 2).to_dict("records")
+    assert row["ndcg"] == pytest.approx(1 / 4, abs=1e-12)
+    assert row["precision"] == pytest.approx(1 / 8, abs=1e-12)
+    assert (row["n_users"], row["n_windows"], row["hits"]) == (4, 12, 9)
+
+
+def test_a_window_that_stands_twice_is_refused() -> None:
+    prompts = _prompts({(1, 0): [1], (1, 1): [2]})
+    lists = _recommendations({(1, 0): [1, 2], (1, 1): [1, 2]})
+    with pytest.raises(DataError, match="user 1, window 1 has 4 slots"):
+        user_metrics(pd.concat([lists, lists[lists["window_index"] == 1]]), prompts, MOVIES)
+
+
 def test_metric_table_rows_do_not_depend_on_order_or_company() -> None:
     scores = _two_stages()
     table = metric_table(scores, RECIPE, 0, 2)

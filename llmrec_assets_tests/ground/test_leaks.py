@@ -113,6 +113,44 @@ def test_a_planted_window_leak_is_found(column, value, problem) -> None:
     assert problem in _check(_with(_windows(), column, value))
 
 
+#: half of the ratings of ``_ratings`` were made by 30
+TEMPORAL = RECIPE.model_copy(update={"protocol": "temporal", "temporal_quantile": 0.5})
+
+
+def test_temporal_windows_on_the_right_side_have_no_problem() -> None:
+    late = _windows().iloc[[1]].assign(window_index=0)
+    assert _check(late, recipe=TEMPORAL) == ""
+    explicit = TEMPORAL.model_copy(update={"temporal_time": 20})
+    assert _check(_windows(), recipe=explicit) == ""
+
+
+def test_a_test_cutoff_before_the_global_time_is_found() -> None:
+    assert _check(_windows(), recipe=TEMPORAL).splitlines() == [
+        "user 1, window 0: cut-off 20 lies before the global time 30"
+    ]
+
+
+def _training(truth: list[int]) -> dict:
+    """User 1 trains; the window is cut off at 20 and T is 40."""
+    windows = _windows().iloc[[0]].assign(split="train", ground_truth_movie_ids=[truth])
+    return {
+        "windows": windows,
+        "user_splits": pd.DataFrame({"user_id": [1], "split": ["train"]}),
+        "recipe": TEMPORAL.model_copy(update={"temporal_time": 40}),
+    }
+
+
+def test_training_ground_truth_after_the_global_time_is_found() -> None:
+    assert _check(**_training([1])) == ""
+    found = _check(**_training([1, 4]))
+    assert "training ground truth was rated after the global time: [4]" in found
+
+
+def test_a_training_cutoff_after_the_global_time_is_found() -> None:
+    given = _training([1]) | {"recipe": TEMPORAL.model_copy(update={"temporal_time": 19})}
+    assert "training cut-off 20 lies after the global time 19" in _check(**given)
+
+
 def test_ids_of_one_film_are_told_apart_without_canonical_ids() -> None:
     assert "ground truth is not the next 2" in _check(_windows(), canonical=None)
 

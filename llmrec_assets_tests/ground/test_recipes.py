@@ -72,6 +72,9 @@ def test_the_paper_recipe_holds_the_papers_values():
         "top_k": 5,
         "liked_min": 3,
         "windows_per_user": {"train": 1, "validation": 1, "test": 1},
+        "protocol": "user-split",
+        "temporal_quantile": 0.8,
+        "temporal_time": None,
     }
     assert paper.prompts.model_dump() == {
         "template": "figure2",
@@ -142,6 +145,9 @@ def test_an_unknown_key_is_named(tmp_path, path, value):
         ("windows.liked_min", 6),
         ("windows.min_per_class", -1),
         ("windows.windows_per_user.train", 0),
+        ("windows.protocol", "time"),
+        ("windows.temporal_quantile", 1.0),
+        ("windows.temporal_quantile", 0),
         ("prompts.template", "figure3"),
         ("prompts.max_per_class", 0),
         ("base_model.source", "torrent"),
@@ -308,7 +314,7 @@ def test_a_recipe_is_frozen_all_the_way_down():
                 places.append(value)
             else:
                 assert value is None or isinstance(value, (str, int, float, tuple))
-    assert len(places) == 25  # the recipe and its sections
+    assert len(places) == 26  # the recipe and its sections
 
 
 def test_equal_recipes_are_equal_values():

@@ -1,12 +1,14 @@
 import hashlib
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.leaks import user_split_problems
-from llmrec_assets.ground.recipes import SplitRecipe
-from llmrec_assets.ground.splits import split_users
+from llmrec_assets.ground.recipes import SplitRecipe, WindowRecipe
+from llmrec_assets.ground.splits import split_users, temporal_split_time
 
 
 def _by_user(*args) -> dict[int, str]:
@@ -52,3 +54,31 @@ def test_no_users_is_an_empty_table() -> None:
     table = split_users([], SplitRecipe(), 0)
     assert len(table) == 0
     assert table["user_id"].dtype == "int32"
+
+
+# -- the global time of the protocol temporal -----------------------------------------------
+
+
+def _rated(*times: int) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"user_id": range(1, len(times) + 1), "movie_id": 1, "rating": 5, "timestamp": times}
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantile", "expected"), [(0.2, 10), (0.21, 20), (0.5, 20), (0.8, 20), (0.81, 40)]
+)
+def test_the_global_time_is_the_first_by_which_the_share_of_ratings_was_made(
+    quantile: float, expected: int
+) -> None:
+    recipe = WindowRecipe(protocol="temporal", temporal_quantile=quantile)
+    assert temporal_split_time(_rated(20, 40, 10, 20, 20), recipe) == expected
+
+
+def test_an_explicit_time_wins_and_the_user_split_has_none() -> None:
+    explicit = WindowRecipe(protocol="temporal", temporal_time=7)
+    assert temporal_split_time(_rated(20, 40), explicit) == 7
+    assert temporal_split_time(_rated(), explicit) == 7
+    assert temporal_split_time(_rated(20, 40), WindowRecipe(temporal_time=7)) is None
+    with pytest.raises(DataError, match="has no rating to find its global time in"):
+        temporal_split_time(_rated(), WindowRecipe(protocol="temporal"))

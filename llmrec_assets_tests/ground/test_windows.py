@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 from itertools import groupby
 from pathlib import Path
@@ -46,14 +47,29 @@ def _listed(windows: pd.DataFrame) -> list[tuple]:
     ]
 
 
+def _brute_split_time(ratings: pd.DataFrame, recipe: WindowRecipe) -> float:
+    if recipe.protocol == "user-split":
+        return math.inf
+    if recipe.temporal_time is not None:
+        return recipe.temporal_time
+    times = ratings["timestamp"].tolist()
+    return min(
+        (t for t in times if sum(u <= t for u in times) >= recipe.temporal_quantile * len(times)),
+        default=0,
+    )
+
+
 def _brute_windows(
     ratings: pd.DataFrame, splits: pd.DataFrame, recipe: WindowRecipe, seed: int, film_of: dict
 ) -> list[tuple]:
     """The same rules, user by user, in plain Python."""
     found = []
+    split_time = _brute_split_time(ratings, recipe)
     for user, split in sorted(zip(splits["user_id"], splits["split"], strict=True)):
         rows = ratings[ratings["user_id"] == user]
         history = sorted(zip(rows["timestamp"], rows["movie_id"], rows["rating"], strict=True))
+        if split == "train":
+            history = [row for row in history if row[0] <= split_time]
         valid = []
         for cutoff in sorted({time for time, _, _ in history}):
             upto = [row for row in history if row[0] <= cutoff]
@@ -68,6 +84,8 @@ def _brute_windows(
             liked = sum(rating >= recipe.liked_min for _, _, rating in upto)
             enough = [n >= recipe.min_per_class for n in (liked, len(upto) - liked)]
             ok = all(enough) if recipe.balance == "both" else any(enough)
+            if recipe.protocol == "temporal" and split != "train" and cutoff < split_time:
+                continue
             if ok and len(truth) >= recipe.min_ground_truth:
                 valid.append((cutoff, upto, truth[: recipe.top_k]))
         drawn = sorted(
@@ -104,6 +122,9 @@ RECIPES = st.builds(
     min_ground_truth=st.integers(1, 2),
     top_k=st.integers(2, 4),
     liked_min=st.integers(2, 5),
+    protocol=st.sampled_from(["user-split", "temporal"]),
+    temporal_quantile=st.sampled_from([0.3, 0.5, 0.9]),
+    temporal_time=st.sampled_from([None, None, 4]),
     windows_per_user=st.builds(
         WindowsPerUser, train=st.integers(1, 3), validation=st.just(1), test=st.integers(1, 9)
     ),
@@ -177,6 +198,58 @@ def test_another_user_moves_no_window(mine, others) -> None:
     before = interaction_windows(_ratings(alone), splits, SMALL, 5, CANONICAL)
     after = interaction_windows(_ratings(crowd), splits, SMALL, 5, CANONICAL)
     assert _listed(after[after["user_id"] == 1]) == _listed(before)
+
+
+def test_temporal_by_hand() -> None:
+    """T = 50: the training user's films end there, the test user's cut-offs start there."""
+    ratings = _ratings([(u, m, 5, 10 * m) for u in (1, 2) for m in range(1, 9)])
+    splits = pd.DataFrame({"user_id": [1, 2], "split": ["train", "test"]})
+    recipe = SMALL.model_copy(
+        update={
+            "protocol": "temporal",
+            "temporal_quantile": 0.6,
+            "windows_per_user": WindowsPerUser(train=9, test=9),
+        }
+    )
+    windows = interaction_windows(ratings, splits, recipe, 0)
+    assert [(row[0], row[3], row[5], row[8]) for row in _listed(windows)] == [
+        (1, 10, 4, [2, 3]),
+        (1, 20, 4, [3, 4]),
+        (1, 30, 4, [4, 5]),
+        (1, 40, 4, [5]),
+        (2, 50, 3, [6, 7]),
+        (2, 60, 3, [7, 8]),
+        (2, 70, 3, [8]),
+    ]
+    assert len(valid_cutoffs(ratings, recipe, user_splits=splits)) == 7
+    with pytest.raises(ValueError, match="need user_splits"):
+        valid_cutoffs(ratings, recipe)
+    explicit = recipe.model_copy(update={"temporal_time": 71})
+    later = interaction_windows(ratings, splits, explicit, 0)
+    assert set(later["user_id"]) == {1} and later["cutoff_timestamp"].max() == 60
+
+
+def test_temporal_keeps_every_training_event_before_every_test_event_of_ml_100k() -> None:
+    if not (DATA / "ml-100k" / "u.data").is_file():
+        pytest.skip(f"no MovieLens 100K in {DATA}; set LLMREC_DATA_DIR")
+    ratings = pd.read_csv(DATA / "ml-100k" / "u.data", sep="\t", names=RATINGS)
+    splits = split_users(ratings["user_id"], SplitRecipe(), 0)
+    recipe = WindowRecipe(protocol="temporal", windows_per_user=WindowsPerUser(train=2, test=5))
+    windows = interaction_windows(ratings, splits, recipe, 0)
+    assert window_problems(windows, ratings, splits, None, recipe) == []
+    rated_at = ratings.set_index(["user_id", "movie_id"])["timestamp"].to_dict()
+    train, other = windows["split"] == "train", windows["split"] != "train"
+    last = {
+        name: [
+            max(rated_at[user, movie] for movie in truth)
+            for user, truth in windows.loc[rows, ["user_id", "ground_truth_movie_ids"]].values
+        ]
+        for name, rows in (("train", train), ("other", other))
+    }
+    assert max(last["train"]) <= windows.loc[other, "cutoff_timestamp"].min()
+    assert min(last["other"]) > max(last["train"])
+    assert set(windows["split"]) == {"train", "validation", "test"}
+    assert windows[other].groupby("user_id").size().max() == 5
 
 
 def test_seed_matters_and_users_without_split_get_no_window() -> None:

@@ -14,8 +14,10 @@ from llmrec_assets.ground import answers
 from llmrec_assets.ground.completions import parse_response
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.prompts import render_prompts
-from llmrec_assets.ground.splits import split_users
+from llmrec_assets.ground.recipes import Recipe, WindowRecipe, WindowsPerUser, load_recipe
+from llmrec_assets.ground.splits import split_users, temporal_split_time
 from llmrec_assets.ground.windows import interaction_windows as draw_windows
+from llmrec_assets.orchestration import partitions
 from llmrec_assets.orchestration.assets import prompts as prompts_assets
 
 if TYPE_CHECKING:
@@ -76,6 +78,103 @@ def a_prompt_with_the_answer(
     texts = frame["prompt"].tolist()
     texts[0] += f"\nHint: {answer}"
     return frame.assign(prompt=texts)
+
+
+def without_the_global_time(split: str) -> Callable[..., pd.DataFrame]:
+    """The windows of ``split`` as the user split alone draws them; the others lie right."""
+
+    def draw(
+        ratings: pd.DataFrame,
+        splits: pd.DataFrame,
+        recipe: WindowRecipe,
+        *rest: Any,
+        **options: Any,
+    ) -> pd.DataFrame:
+        user_split = recipe.model_copy(update={"protocol": "user-split"})
+        free = draw_windows(ratings, splits, user_split, *rest, **options)
+        right = draw_windows(ratings, splits, recipe, *rest, **options)
+        both = pd.concat([free[free["split"] == split], right[right["split"] != split]])
+        return both.sort_values(["user_id", "window_index"], ignore_index=True)
+
+    return draw
+
+
+@pytest.fixture
+def temporal(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe ``tiny`` by the protocol ``temporal``, three windows a test user."""
+    tiny = load_recipe("tiny")
+    windows = tiny.windows.model_copy(
+        update={"protocol": "temporal", "windows_per_user": WindowsPerUser(test=3)}
+    )
+    recipe = tiny.model_copy(update={"windows": windows})
+    monkeypatch.setattr(partitions, "load_recipe", lambda name: recipe)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("planted", "problem"),
+    [
+        (without_the_global_time("test"), "lies before the global time"),
+        (
+            without_the_global_time("train"),
+            "training ground truth was rated after the global time",
+        ),
+    ],
+)
+def test_a_window_on_the_wrong_side_of_the_global_time_is_blocked(
+    copied: tuple[Home, dg.DagsterInstance],
+    monkeypatch: pytest.MonkeyPatch,
+    temporal: Recipe,
+    planted: Callable[..., pd.DataFrame],
+    problem: str,
+) -> None:
+    home, instance = copied
+    before = home.current()
+    monkeypatch.setattr(prompts_assets, "draw_windows", planted)
+    result = home.materialize(instance, *DRAWN)
+    failed = [event for event in result.all_events if event.is_step_failure]
+    assert [event.step_key for event in failed] == ["interaction_windows"]
+    assert home.current() == before
+    (check,) = [
+        e
+        for e in result.get_asset_check_evaluations()
+        if e.asset_key == dg.AssetKey("interaction_windows")
+    ]
+    assert (check.check_name, check.passed) == ("no_leak", False)
+    assert problem in check.metadata["first"].value
+
+
+def test_temporal_with_several_windows_a_test_user_reaches_the_metric_table(
+    copied: tuple[Home, dg.DagsterInstance], temporal: Recipe
+) -> None:
+    home, instance = copied
+    result = home.materialize(
+        instance, *DRAWN, "baseline_recommendations", "user_metrics", "metric_table"
+    )
+    assert result.success
+    store = home.store
+    ratings = store.read_table("ratings", "sample").frame
+    split_time = temporal_split_time(ratings, temporal.windows)
+    windows = store.read_table("interaction_windows", "sample|tiny").frame
+    (drawn,) = result.asset_materializations_for_node("interaction_windows")
+    assert drawn.metadata["protocol"].value == "temporal"
+    assert drawn.metadata["split_time"].value == split_time
+    train = windows["split"] == "train"
+    assert windows.loc[train, "cutoff_timestamp"].max() < split_time
+    assert windows.loc[~train, "cutoff_timestamp"].min() >= split_time
+
+    scores = store.read_table("user_metrics", "sample|tiny").frame
+    table = store.read_table("metric_table", "sample|tiny").frame
+    assert set(scores["protocol"]) == set(table["protocol"]) == {"temporal"}
+    # the language model's stages answered other prompts: left out, not mixed in
+    assert set(table["stage"]) == {"popularity"}
+    history = scores[scores["information_set"] == "history"]
+    row = table[table["information_set"] == "history"].iloc[0]
+    per_user = history.groupby("user_id")["ndcg"]
+    assert per_user.size().max() == 3
+    assert (row["n_users"], row["n_windows"]) == (per_user.ngroups, len(history))
+    assert row["n_windows"] == (windows["split"] == "test").sum() > row["n_users"]
+    assert row["ndcg"] == pytest.approx(per_user.mean().mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize(

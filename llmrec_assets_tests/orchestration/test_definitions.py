@@ -230,6 +230,12 @@ GRAPH = {
         "dataset|recipe",
         {"movielens_files", "base_model"},
         "gpu",
+    ),
+    "leave_last_out": (
+        "evaluation",
+        "dataset|recipe",
+        {"ratings", "movies"},
+        None,
         "table_io",
         set(),
     ),

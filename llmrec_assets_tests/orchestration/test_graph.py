@@ -105,6 +105,20 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert rows["user_metrics"] == (4 + 13) * rows["base_responses"]
 
 
+def test_leave_last_out_ranks_the_last_film_of_every_user(events, finished: FinishedRun) -> None:
+    table = finished.home.store.read_table("leave_last_out", PARTITION).frame
+    assert table["recommender"].tolist() == [
+        name for name in ("popularity", "item-knn", "ease") for _ in range(2)
+    ]
+    assert table["k"].tolist() == [5, 10] * 3
+    assert set(table["n_users"]) == {500} and table["n_items"].max() <= 260
+    at_10 = table[table["k"] == 10]
+    assert at_10["hr"].between(at_10["hr_low"], at_10["hr_high"]).all()
+    assert (at_10["hr_low"] > 10 / 260).all()  # better than chance
+    for name in ("popularity", "item-knn", "ease"):
+        assert 0 <= metadata(events["leave_last_out"], f"seconds_{name}") < 60
+
+
 def test_the_metric_table_compares_all_stages_on_the_same_users(finished: FinishedRun) -> None:
     store = finished.home.store
     table = store.read_table("metric_table", PARTITION).frame

@@ -55,7 +55,8 @@ def user_metrics(
     stages = current_stages(storage.store(), context.partition_key, prompts.version)
     for line in stages.left_out:
         context.log.warning(line)
-    frame = evaluation.user_metrics(stages.recommendations, prompts.frame, movies)
+    protocol = recipe_of(context).windows.protocol
+    frame = evaluation.user_metrics(stages.recommendations, prompts.frame, movies, protocol)
     return table_result(
         "user_metrics",
         frame,
@@ -120,6 +121,32 @@ def sample_recommendations(
         "sample_recommendations",
         frame,
         {"table": dg.MetadataValue.md(markdown_table(frame.drop(columns=["window_index"])))},
+    )
+
+
+@dg.asset(**table_options("leave_last_out", GROUP), partitions_def=run_partitions)
+def leave_last_out(
+    context: dg.AssetExecutionContext,
+    config: RunConfig,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+) -> TableResult:
+    """Classical recommenders by the sequential literature's protocol: the last film among all."""
+    from llmrec_assets.models.leave_last_out import classical_leave_last_out
+
+    recipe = recipe_of(context)
+    result, share_tied = classical_leave_last_out(
+        ratings, movies, recipe.leave_last_out, recipe.evaluation, config.seed_of(recipe)
+    )
+    return table_result(
+        "leave_last_out",
+        result.frame,
+        {
+            "table": dg.MetadataValue.md(markdown_table(result.frame)),
+            "share_of_users_with_tied_last_films": share_tied,
+            "validation_ndcg": dg.MetadataValue.json(result.validation_ndcg),
+            **{f"seconds_{name}": round(value, 1) for name, value in result.seconds.items()},
+        },
     )
 
 

@@ -10,7 +10,7 @@ from llmrec_assets.ground.catalogue import (
     shown_catalogue,
 )
 from llmrec_assets.ground.prompts import render_prompts
-from llmrec_assets.ground.splits import split_users
+from llmrec_assets.ground.splits import split_users, temporal_split_time
 from llmrec_assets.ground.windows import interaction_windows as draw_windows
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
@@ -81,7 +81,8 @@ def catalogue(context: dg.AssetExecutionContext, movies: pd.DataFrame) -> Checke
             asset="interaction_windows",
             blocking=True,
             description="Nothing after the cut-off in the context or the seen set, nothing at or "
-            "before it in the ground truth, ground truth disjoint from the history, cut-off valid.",
+            "before it in the ground truth, ground truth disjoint from the history, cut-off valid; "
+            "protocol temporal: training windows end by the global time, the others start there.",
         )
     ],
 )
@@ -98,6 +99,7 @@ def interaction_windows(
     frame = draw_windows(
         ratings, user_splits, recipe.windows, config.seed_of(recipe), canonical=canonical
     )
+    split_time = temporal_split_time(ratings, recipe.windows)
     yield from checked_table_result(
         "interaction_windows",
         frame,
@@ -106,6 +108,10 @@ def interaction_windows(
             "users_with_a_window": int(frame["user_id"].nunique()),
             "users_without": int(user_splits["user_id"].nunique() - frame["user_id"].nunique()),
             **{f"windows_{n}": int(c) for n, c in frame["split"].value_counts().items()},
+            "protocol": recipe.windows.protocol,
+            "split_time": "none"
+            if split_time is None
+            else dg.MetadataValue.timestamp(float(split_time)),
         },
     )
 
