@@ -230,6 +230,8 @@ GRAPH = {
         "dataset|recipe",
         {"movielens_files", "base_model"},
         "gpu",
+        "table_io",
+        set(),
     ),
     "leave_last_out": (
         "evaluation",
