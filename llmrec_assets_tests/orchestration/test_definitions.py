@@ -195,7 +195,31 @@ GRAPH = {
     "user_metrics": (
         "evaluation",
         "dataset|recipe",
-        {"prompts", "movies", *RECOMMENDATIONS},
+        {"prompts", "ratings", "movies", *RECOMMENDATIONS},
+        None,
+        "table_io",
+        {"scores_hold"},
+    ),
+    "comparisons": (
+        "evaluation",
+        "dataset|recipe",
+        {"prompts", "user_metrics"},
+        None,
+        "table_io",
+        set(),
+    ),
+    "group_metrics": (
+        "evaluation",
+        "dataset|recipe",
+        {"interaction_windows", "user_splits", "users", "user_metrics", *GROUNDED},
+        None,
+        "table_io",
+        set(),
+    ),
+    "beyond_accuracy": (
+        "evaluation",
+        "dataset|recipe",
+        {"user_splits", *GROUNDED, *RECOMMENDATIONS},
         None,
         "table_io",
         set(),
@@ -203,7 +227,7 @@ GRAPH = {
     "metric_table": (
         "evaluation",
         "dataset|recipe",
-        {"prompts", "user_metrics"},
+        {"prompts", "user_metrics", "comparisons"},
         None,
         "table_io",
         set(),
@@ -222,6 +246,9 @@ GRAPH = {
         {
             "prompts",
             "metric_table",
+            "comparisons",
+            "beyond_accuracy",
+            "group_metrics",
             "sample_recommendations",
             "preference_pairs",
             "sft_checkpoint",
@@ -324,6 +351,16 @@ def test_the_supervised_job_stops_where_the_paper_stops_on_ml_1m() -> None:
     }
     for recipe in ("cpu", "paper"):
         assert "ml-1m" not in load_recipe(recipe).aligned_datasets
+
+
+def test_the_evaluation_job_needs_no_model_and_refits_nothing() -> None:
+    keys = build_defs().resolve_job_def("evaluation").asset_layer.executable_asset_keys
+    names = {key.to_user_string() for key in keys}
+    assert names == {
+        *(name for name, entry in GRAPH.items() if entry[0] == "evaluation"),
+        *(f"{stage}_recommendations" for stage in STAGES),
+    }
+    assert not {name for name in names if GRAPH[name][3] == GPU_POOL}
 
 
 def test_the_settings_give_the_gpu_pool_one_place() -> None:

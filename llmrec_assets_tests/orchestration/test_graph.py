@@ -25,6 +25,7 @@ CHECKS = {
     ("interaction_windows", "no_leak"),
     ("prompts", "prompts_show_their_windows_only"),
     ("preference_pairs", "pairs_keep_the_split"),
+    ("user_metrics", "scores_hold"),
     *((asset, "trained_on_training_users_only") for asset in TRAININGS),
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "answers_of_the_current_checkpoint") for stage in STAGES),
@@ -97,6 +98,28 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert rows["base_recommendations"] == 5 * rows["base_responses"]
     assert rows["baseline_recommendations"] == 2 * 5 * rows["base_responses"]
     assert rows["user_metrics"] == 6 * rows["base_responses"]
+    assert rows["beyond_accuracy"] == rows["metric_table"] == 6
+
+
+def test_comparisons_and_groups_stand_on_the_same_users(finished: FinishedRun) -> None:
+    store = finished.home.store
+    table = store.read_table("metric_table", PARTITION).frame
+    compared = store.read_table("comparisons", PARTITION).frame
+    assert set(compared["n_users"]) == set(table["n_users"])
+    assert compared["reason"].value_counts().to_dict() == {
+        "predecessor": 3,
+        "best classical": 4,  # each LLM stage; the only classical row of a set is its own best
+        "popularity": 8,
+    }
+    before = compared[compared["reason"] == "predecessor"].set_index("stage")
+    mine = table[table["versus"].notna()].set_index("stage")
+    assert mine["ndcg_difference_p"].to_dict() == before["p"].to_dict()
+    assert mine["ndcg_difference_p_holm"].to_dict() == before["p_holm"].to_dict()
+    groups = store.read_table("group_metrics", PARTITION).frame
+    for _, part in groups.groupby(["stage", "information_set", "grouping"]):
+        told = part["n_users"].sum() + part["users_left_out"].iloc[0]
+        assert told == table["n_users"].iloc[0]
+    assert set(groups["grouping"]) == {"age", "gender", "activity", "ground truth popularity"}
 
 
 def test_the_metric_table_compares_all_stages_on_the_same_users(finished: FinishedRun) -> None:
