@@ -21,8 +21,10 @@ from llmrec_assets.ground.significance import holm, sign_flip_p_values, users_ne
 #: The stage a stage was trained from.
 PREDECESSORS = {"sft": "base", "dpo": "sft", "rlhf": "sft"}
 POPULARITY = "popularity"
-#: Sign flips drawn for a p-value, whatever the recipe resamples for an interval.
-FLIPS = 10_000
+#: Sign flips drawn for a p-value, whatever the recipe resamples for an interval. The smallest
+#: p-value is one over these: ten thousand would leave little of it after Holm's correction over
+#: the hundreds of pairs that several protocols have.
+FLIPS = 100_000
 
 
 def comparison_pairs(rows: Sequence[Row], ndcg: Mapping[Row, float]) -> list[tuple[str, Row, Row]]:

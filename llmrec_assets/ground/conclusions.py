@@ -173,7 +173,8 @@ def beyond_words(beyond: pd.DataFrame) -> str:
         f"{spread}None of these is better for being larger: a random list is novel and diverse, "
         "and the list of a popularity ranking is neither and still hits. They describe the lists "
         "of these users; no difference between rows was tested. Only slots with a film that is "
-        "neither repeated nor seen count, so a row with few of them is described by few."
+        "neither repeated nor seen count: a row with few of them is described by few, and a short "
+        "list can match the genres of a history less well."
     )
 
 

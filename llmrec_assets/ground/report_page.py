@@ -185,7 +185,9 @@ def _stage_cells(
     stage: str, row: Mapping[str, Any] | None, published: PublishedTable | None
 ) -> list[Cell]:
     """A row of Table 1; ``row`` is None where the metric table lacks the stage."""
-    theirs = _published(published, stage)
+    # the paper's answers are free text; its figures stand beside no other decoding
+    own = row is None or row["decoding"] == "free"
+    theirs = _published(published, stage if own else "")
     if row is None:
         cells = [Cell(stage), Cell("missing", kind="number refused"), Cell("")]
     else:

@@ -27,7 +27,7 @@ def score_problems(
 ) -> list[str]:
     """Everything in ``USER_METRICS`` that ratings, prompts and lists contradict.
 
-    Held against: every list scored has exactly the ranks 1 to ``top_k``, and every list is scored
+    Held against: films are of the catalogue, by their canonical id; every list scored has exactly the ranks 1 to ``top_k``, and every list is scored
     once; a slot's film is marked as seen exactly when the user had rated it by the cut-off, under
     any of its ids; no film of the ground truth had been rated by then, so that no counted hit
     was; hits, NDCG, Precision and Recall are those counted here (to 1e-9).
@@ -56,13 +56,17 @@ def score_problems(
         seen = {film for film, time in known.get(user, {}).items() if time <= cutoff}
         asked[user, window] = ({film_of.get(int(i), int(i)) for i in truth}, seen)
 
+    problems = [
+        f"recommendations: film {int(film)} is no canonical film of the catalogue"
+        for film in recommendations["movie_id"].dropna().unique().tolist()
+        if film_of.get(int(film)) != int(film)
+    ]
     lists: dict[tuple, list[tuple]] = {}
     keys = zip(*(recommendations[name].tolist() for name in _ROW), strict=True)
     slots = zip(*(recommendations[name].tolist() for name in _SLOT), strict=True)
     for key, slot in zip(keys, slots, strict=True):
         lists.setdefault(key, []).append(slot)
 
-    problems: list[str] = []
     scored: set[tuple] = set()
     numbers = ("ndcg", "precision", "recall", "hits", "n_ground_truth")
     scores = zip(*(user_metrics[name].tolist() for name in numbers), strict=True)

@@ -183,6 +183,13 @@ def test_published_figures_stand_beside_ours_and_gaps_are_said():
     assert "k shrinks" in page.text
 
 
+def test_published_figures_stand_beside_free_text_only():
+    ranked = row("sft", decoding="ranked")
+    page = Page(report(metric_table(row("base"), row("sft"), ranked)).html)
+    assert page.row("Means", "sft (free, prompt)")[4] == "1.69"
+    assert page.row("Means", "sft (ranked, prompt)")[4] == ""
+
+
 def test_ml_1m_has_table_3_which_stops_at_sft():
     page = Page(report(metric_table(row("base")), dataset="ml-1m").html)
     assert "Table 3: the stages" in page.text

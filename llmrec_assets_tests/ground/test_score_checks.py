@@ -79,6 +79,11 @@ def test_marks_of_films_that_are_neither_seen_nor_repeated_are_named() -> None:
     assert any("film 1 at rank 3 is wrongly marked as repeated or not" in t for t in unmarked)
 
 
+def test_a_film_under_its_other_id_is_named() -> None:
+    told = problems(SEEN_5.assign(movie_id=[4, 11, 11, 3, None, 5]), PROMPTS, RATED, 3)
+    assert told[0] == "recommendations: film 11 is no canonical film of the catalogue"
+
+
 def test_a_list_that_is_scored_twice_or_not_at_all_is_named() -> None:
     metrics = evaluation.user_metrics(SEEN_5, PROMPTS, MOVIES)
     rated = pd.DataFrame(RATED, columns=RATINGS)
