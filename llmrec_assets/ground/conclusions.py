@@ -139,7 +139,7 @@ def comparison_words(comparisons: pd.DataFrame, confidence: float) -> str:
     if alone:
         told.append(
             f"{alone} would have been called significant by themselves; among so many comparisons "
-            "that is no evidence."
+            "some are expected by chance alone."
         )
     needed = rest["users_needed"].dropna()
     if len(needed):

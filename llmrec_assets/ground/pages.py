@@ -169,6 +169,7 @@ tbody th[scope=rowgroup] { color: var(--soft); font-weight: 600; background: var
 .published, .refused { color: var(--soft); }
 .published { font-style: italic; }
 .hit { background: var(--hit-band); color: var(--hit); font-weight: 600; }
+.worse { font-weight: 600; }
 .note { display: block; font-size: .78rem; font-weight: 400; color: var(--soft); }
 figure { margin: 1rem 0 1.4rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }

@@ -88,7 +88,8 @@ def comparison_section(
 def _pair_cell(name: str, text: str, is_shown: bool) -> Cell:
     if name == "NDCG difference":
         estimate, _, interval = text.partition(" ")
-        return Cell(estimate, interval, "number hit" if is_shown else "number")
+        told = (" worse" if estimate.startswith("-") else " hit") if is_shown else ""
+        return Cell(estimate, interval, f"number{told}")
     if name in ("row", "versus"):
         return Cell(text)
     return Cell(text, kind="refused" if text == "no" else "" if text == "yes" else "number")

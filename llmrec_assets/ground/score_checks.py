@@ -27,10 +27,11 @@ def score_problems(
 ) -> list[str]:
     """Everything in ``USER_METRICS`` that ratings, prompts and lists contradict.
 
-    Held against: films are of the catalogue, by their canonical id; every list scored has exactly the ranks 1 to ``top_k``, and every list is scored
-    once; a slot's film is marked as seen exactly when the user had rated it by the cut-off, under
-    any of its ids; no film of the ground truth had been rated by then, so that no counted hit
-    was; hits, NDCG, Precision and Recall are those counted here (to 1e-9).
+    Held against: films are of the catalogue, by their canonical id; every list scored has exactly
+    the ranks 1 to ``top_k``, and every list is scored once; a slot's film is marked as seen
+    exactly when the user had rated it by the cut-off, under any of its ids; no film of the ground
+    truth had been rated by then, so that no counted hit was; hits, NDCG, Precision and Recall are
+    those counted here (to 1e-9).
 
     Args:
         user_metrics: ``USER_METRICS``.

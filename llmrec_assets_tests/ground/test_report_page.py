@@ -357,6 +357,8 @@ def test_a_comparison_shows_its_interval_both_p_values_and_the_users_it_takes():
     assert first == [
         *("sft", "base", "+1.23[+0.23, +2.23]", "< 0.001", "0.002", "yes", "100", "40", "785"),
     ]
+    kinds = {given.get("class") for tag, given in page.elements if tag == "td"}
+    assert "number hit" in kinds and "number worse" not in kinds  # only what is shown stands out
     assert second[4:] == ["0.200", "no", "100", "40", ""]
     headings = [r[0] for r in page.table("Paired differences") if len(r) == 1]
     assert headings == [
