@@ -41,7 +41,8 @@ def beyond_accuracy(
     two no diversity; such lists are left out of that mean, and a mean without lists is NULL.
 
     Args:
-        recommendations: ``RECOMMENDATIONS`` of every recommender.
+        recommendations: ``RECOMMENDATIONS`` of every recommender, with the version of the table
+            they stand in as ``recommendations_version`` (``stages.current_stages``).
         prompts: ``PROMPTS``, for the cut-offs.
         ratings: ``RATINGS``: popularity of training users, and what a user liked by the cut-off.
         user_splits: ``USER_SPLITS``.
@@ -87,6 +88,7 @@ def beyond_accuracy(
                 "k": k,
                 "n_windows": len(windows),
                 "n_films": n_films,
+                "recommendations_version": slot["recommendations_version"].iloc[0],
                 "coverage": n_films / len(counts),
                 **users.to_dict(),
                 **tokens.get((key[0], key[1]), dict.fromkeys(_COST)),

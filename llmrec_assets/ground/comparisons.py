@@ -65,7 +65,9 @@ def comparison_pairs(rows: Sequence[Row], ndcg: Mapping[Row, float]) -> list[tup
     return pairs
 
 
-def comparisons(user_metrics: pd.DataFrame, recipe: EvaluationRecipe, seed: int) -> pd.DataFrame:
+def comparisons(
+    user_metrics: pd.DataFrame, recipe: EvaluationRecipe, seed: int, user_metrics_version: str
+) -> pd.DataFrame:
     """Paired NDCG@k differences by user: interval, p-value, Holm's correction, users it takes.
 
     A user's windows are averaged first. All differences of a protocol share the bootstrap's draws
@@ -76,6 +78,7 @@ def comparisons(user_metrics: pd.DataFrame, recipe: EvaluationRecipe, seed: int)
         user_metrics: ``USER_METRICS``.
         recipe: resamples and confidence; the level is 1 - confidence.
         seed: seed of the resamples and of the flips.
+        user_metrics_version: their version, which the table names.
 
     Returns:
         ``COMPARISONS``, ordered by protocol, reason, row.
@@ -98,6 +101,7 @@ def comparisons(user_metrics: pd.DataFrame, recipe: EvaluationRecipe, seed: int)
     one = one.assign(p_holm=holm(table.loc[one.index, "p"].to_numpy()))
     table = table.merge(one, on=_PAIR, how="left", validate="many_to_one")
     table["n_comparisons"] = len(one)
+    table["user_metrics_version"] = user_metrics_version
     table["is_shown"] = table["p_holm"] <= level
     table["users_needed"] = [
         users_needed(difference, deviation, level)

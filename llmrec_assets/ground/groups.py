@@ -27,7 +27,11 @@ _GENDERS = {"F": "women", "M": "men"}
 
 
 def group_metrics(
-    user_metrics: pd.DataFrame, groups: pd.DataFrame, recipe: EvaluationRecipe, seed: int
+    user_metrics: pd.DataFrame,
+    groups: pd.DataFrame,
+    recipe: EvaluationRecipe,
+    seed: int,
+    user_metrics_version: str,
 ) -> pd.DataFrame:
     """NDCG@k with intervals per group and recommender.
 
@@ -36,6 +40,7 @@ def group_metrics(
         groups: ``user_groups`` of the users scored; a user may be missing from a grouping.
         recipe: resamples and confidence of the intervals.
         seed: seed of the resamples; all rows share a group's draws.
+        user_metrics_version: version of the metrics, which the table names.
 
     Returns:
         ``GROUP_METRICS``, ordered by protocol, grouping, group, row. Groups of fewer than
@@ -60,6 +65,7 @@ def group_metrics(
                     "position": position,
                     "n_users": len(ids),
                     "users_left_out": left_out,
+                    "user_metrics_version": user_metrics_version,
                 }
                 rows += _group_rows(shown, names, table.loc[ids], hits, recipe, seed)
     return typed(pd.DataFrame(rows, columns=GROUP_METRICS.names), GROUP_METRICS)

@@ -232,6 +232,8 @@ _ROW = (
     ("information_set", pa.string(), False, "what the recommender saw"),
 )
 
+_SCORED = ("user_metrics_version", pa.string(), False, "version of the metrics it was made from")
+
 COMPARISONS = _schema(
     _ROW[0],
     (
@@ -258,6 +260,7 @@ COMPARISONS = _schema(
         True,
         "users to see a difference of this size with 80 % power; NULL: there is none to see",
     ),
+    _SCORED,
 )
 
 BEYOND_ACCURACY = _schema(
@@ -284,6 +287,7 @@ BEYOND_ACCURACY = _schema(
     ("prompt_tokens", pa.float64(), True, "tokens read per user; NULL: no language model"),
     ("response_tokens", pa.float64(), True, "tokens generated per user; NULL: likewise"),
     ("seconds", pa.float64(), True, "seconds of generation per user; NULL: not measured"),
+    ("recommendations_version", pa.string(), False, "version of the recommendations described"),
 )
 
 GROUP_METRICS = _schema(
@@ -300,6 +304,7 @@ GROUP_METRICS = _schema(
     ("hits", pa.int32(), False, "slots that hit, summed over their windows"),
     *_interval("ndcg", "mean NDCG@k of the group"),
     ("users_left_out", pa.int32(), False, "test users of this grouping in groups too small"),
+    _SCORED,
 )
 
 SAMPLE_RECOMMENDATIONS = _schema(

@@ -146,6 +146,24 @@ def require_current(
             raise DataError(f"{name} is stale: {stale}; materialize {name} again")
 
 
+def require_made_from(table: pd.DataFrame, name: str, column: str, current: set[str]) -> None:
+    """Refuses a table that was made from others than those that stand beside it.
+
+    Args:
+        table: called ``name``; its ``column`` holds the version of what each row was made from.
+        current: the versions there may be.
+
+    Raises:
+        DataError: a row names another.
+    """
+    others = set(table[column]) - current
+    if others:
+        raise DataError(
+            f"{name} is stale: its {column} is {', '.join(sorted(others))}, the current one is "
+            f"{', '.join(sorted(current)) or 'missing'}; materialize {name} again"
+        )
+
+
 def _stale_checkpoint(store: Store, partition: str, frame: pd.DataFrame) -> str | None:
     """Why these lists or answers of one stage are not its current checkpoint's, or None."""
     stage = str(frame["stage"].iloc[0])

@@ -60,7 +60,7 @@ def lists(by_window: dict[int, list], stage: str, decoding: str = "free") -> pd.
                  "exact" if film else "missing", None, mark == "duplicate", mark == "seen",
                  "p", "c", "a")
             )  # fmt: skip
-    return recommendation_frame(rows)
+    return recommendation_frame(rows).assign(recommendations_version=f"r-{stage}")
 
 
 def test_popularity_counts_training_users_once_a_film() -> None:
@@ -126,6 +126,7 @@ def test_the_table_by_hand() -> None:
     table = beyond_accuracy(recommended, PROMPTS, RATINGS, SPLITS, MOVIES, responses, liked_min=3)
     conform(table, BEYOND_ACCURACY, "beyond_accuracy")
     sft, apex = table.to_dict("records")
+    assert (sft["recommendations_version"], apex["recommendations_version"]) == ("r-sft", "r-apex")
     assert (sft["stage"], apex["stage"]) == ("sft", "apex")
     assert (sft["k"], sft["n_windows"], sft["valid"]) == (4, 2, (2 / 4 + 0) / 2)
     assert (sft["n_films"], sft["coverage"]) == (2, 2 / 4)

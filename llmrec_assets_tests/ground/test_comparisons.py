@@ -68,7 +68,7 @@ def test_the_pairs_by_hand() -> None:
 def test_a_comparison_by_hand() -> None:
     # user 0: windows first, then users: (1 + 0) / 2
     table = comparisons(
-        scores({BASE: [[0, 0], 0, 0, 0], SFT: [[1, 0], 0.5, 0.25, 0]}), RECIPE, seed=0
+        scores({BASE: [[0, 0], 0, 0, 0], SFT: [[1, 0], 0.5, 0.25, 0]}), RECIPE, 0, "m"
     )
     conform(table, COMPARISONS, "comparisons")
     (row,) = table.to_dict("records")
@@ -79,26 +79,27 @@ def test_a_comparison_by_hand() -> None:
     assert row["p"] == row["p_holm"] == 2 / 8
     assert 0 <= row["difference_low"] < row["difference"] < row["difference_high"]
     assert not row["is_shown"]
+    assert row["user_metrics_version"] == "m"
     # (2.80159 · 0.2394 / 0.3125)^2 = 4.6
     assert row["users_needed"] == 5
 
 
 def test_holm_counts_a_pair_once_and_goes_over_all_protocols() -> None:
     given = {SFT: [1.0] * 6, POPULAR: [0.0] * 6}
-    one = comparisons(scores(given), RECIPE, 0)
+    one = comparisons(scores(given), RECIPE, 0, "m")
     # popularity is the best classical row too: two reasons, one pair
     assert one["reason"].tolist() == ["best classical", "popularity"]
     assert one["n_comparisons"].tolist() == [1, 1]
     assert one["p"].tolist() == one["p_holm"].tolist() == [2 / 64] * 2
     assert one["is_shown"].all()
-    both = comparisons(pd.concat([scores(given), scores(given, "temporal")]), RECIPE, 0)
+    both = comparisons(pd.concat([scores(given), scores(given, "temporal")]), RECIPE, 0, "m")
     assert both["n_comparisons"].tolist() == [2] * 4
     assert both["p_holm"].tolist() == [4 / 64] * 4
     assert not both["is_shown"].any()
 
 
 def test_no_hit_anywhere_has_a_bound_and_nothing_to_see() -> None:
-    table = comparisons(scores({BASE: [0] * 50, SFT: [0] * 50}), RECIPE, 0)
+    table = comparisons(scores({BASE: [0] * 50, SFT: [0] * 50}), RECIPE, 0, "m")
     bound = 1 - 0.025 ** (1 / 50)
     assert table["difference_low"].item() == pytest.approx(-bound)
     assert table["difference_high"].item() == pytest.approx(bound)
@@ -109,15 +110,15 @@ def test_no_hit_anywhere_has_a_bound_and_nothing_to_see() -> None:
 def test_other_users_are_refused_and_nothing_is_a_table() -> None:
     uneven = scores({BASE: [0] * 3, SFT: [0] * 2})
     with pytest.raises(DataError, match="different users"):
-        comparisons(uneven, RECIPE, 0)
-    empty = comparisons(scores({}), RECIPE, 0)
+        comparisons(uneven, RECIPE, 0, "m")
+    empty = comparisons(scores({}), RECIPE, 0, "m")
     conform(empty, COMPARISONS, "comparisons")
     assert empty.empty
 
 
 def test_the_metric_table_carries_the_p_values_of_its_difference() -> None:
     metrics = scores({BASE: [0] * 6, SFT: [1.0] * 6, POPULAR: [0.5] * 6})
-    compared = comparisons(metrics, RECIPE, 0)
+    compared = comparisons(metrics, RECIPE, 0, "m")
     table = metric_table(metrics, RECIPE, 0, 5, comparisons=compared)
     sft = table[table["stage"] == "sft"].iloc[0]
     other = compared[compared["reason"] == "predecessor"].iloc[0]
@@ -139,7 +140,7 @@ def test_thirty_rows_of_450_users_take_seconds() -> None:
     rows += [POPULAR, KNOWING]
     metrics = scores({row: (rng.random(450) * (rng.random(450) < 0.1)).tolist() for row in rows})
     started = time.process_time()
-    table = comparisons(metrics, EvaluationRecipe(), 0)
+    table = comparisons(metrics, EvaluationRecipe(), 0, "m")
     seconds = time.process_time() - started
     print(f"{table['n_comparisons'].iloc[0]} comparisons: {seconds:.1f} s")
     assert seconds < 15  # about 2 on a quiet machine

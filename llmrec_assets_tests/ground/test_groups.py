@@ -64,7 +64,7 @@ def test_group_metrics_by_hand() -> None:
     )
     # user 23 has no age; nobody else has a band of ten
     ages = who.iloc[:23].assign(grouping="age", group="young", position=0)
-    table = group_metrics(metrics, pd.concat([who, ages]), RECIPE, seed=0)
+    table = group_metrics(metrics, pd.concat([who, ages]), RECIPE, 0, "m")
     conform(table, GROUP_METRICS, "group_metrics")
     shown = table[["grouping", "group", "stage", "n_users", "hits", "users_left_out"]]
     assert shown.to_numpy().tolist() == [
@@ -85,6 +85,6 @@ def test_too_few_users_and_nobody_are_tables() -> None:
     metrics = scores({BASE: [0.0] * 9})
     who = pd.DataFrame({"user_id": range(9), "grouping": "g", "group": "a", "position": 0})
     for given in (metrics, metrics.iloc[:0]):
-        table = group_metrics(given, who, RECIPE, 0)
+        table = group_metrics(given, who, RECIPE, 0, "m")
         conform(table, GROUP_METRICS, "group_metrics")
         assert table.empty

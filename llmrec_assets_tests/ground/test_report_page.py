@@ -81,6 +81,7 @@ def pair(stage, versus, difference, p_holm, reason="predecessor", **other):
         "n_comparisons": 4,
         "is_shown": p_holm <= 0.05,
         "users_needed": 785,
+        "user_metrics_version": "m",
         **other,
     }
 
@@ -372,7 +373,7 @@ def test_lists_are_described_and_what_is_not_known_stays_empty():
     lists = dict.fromkeys(BEYOND_ACCURACY.names) | {
         "protocol": "user-split", "stage": "sft", "decoding": "free", "information_set": "prompt",
         "k": 5, "n_windows": 100, "valid": 0.5, "n_films": 40, "coverage": 0.025,
-        "novelty": 3.456, "response_tokens": 40.2,
+        "novelty": 3.456, "response_tokens": 40.2, "recommendations_version": "r",
     }  # fmt: skip
     page = Page(report(metric_table(row("sft")), beyond_accuracy=beyond(lists)).html)
     assert page.row("What the lists are like", "sft") == [
@@ -387,7 +388,8 @@ def group(name, ndcg, position, **other):
     return {
         "protocol": "user-split", "stage": "sft", "decoding": "free", "information_set": "prompt",
         "grouping": "gender", "group": name, "position": position, "n_users": 50, "hits": 3,
-        "ndcg": ndcg, "ndcg_low": low, "ndcg_high": high, "users_left_out": 7, **other,
+        "ndcg": ndcg, "ndcg_low": low, "ndcg_high": high, "users_left_out": 7,
+        "user_metrics_version": "m", **other,
     }  # fmt: skip
 
 

@@ -271,6 +271,9 @@ def test_stages_that_answer_other_prompts_are_left_out_of_the_table(
 
     assert home.materialize(instance, "baseline_recommendations").success
     result = home.materialize(instance, "user_metrics", "metric_table")
+    assert not result.success  # p-values of other metrics
+    assert "comparisons is stale: its user_metrics_version is" in failure(result)
+    result = home.materialize(instance, "user_metrics", "comparisons", "metric_table")
     assert result.success
     left_out = metadata(result.asset_materializations_for_node("user_metrics")[0], "left_out")
     assert [line.split(" is ")[0] for line in left_out] == [

@@ -27,6 +27,7 @@ from llmrec_assets.ground.stages import (
     current_stages,
     missing_stages,
     require_current,
+    require_made_from,
 )
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import (
@@ -48,6 +49,7 @@ from llmrec_assets.orchestration.results import (
 GROUP = "evaluation"
 
 SCORES_HOLD = "scores_hold"
+_MADE_FROM = "user_metrics_version"
 
 
 @dg.asset(
@@ -98,14 +100,16 @@ def comparisons(
     config: RunConfig,
     storage: StoreResource,
     prompts: StoredTable,
-    user_metrics: pd.DataFrame,
+    user_metrics: StoredTable,
 ) -> TableResult:
     """Paired differences between rows: interval, sign-flip p-value, Holm's correction, power."""
     recipe = recipe_of(context)
     require_current(
-        user_metrics, "user_metrics", storage.store(), context.partition_key, prompts.version
+        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
     )
-    frame = compare.comparisons(user_metrics, recipe.evaluation, seed=config.seed_of(recipe))
+    frame = compare.comparisons(
+        user_metrics.frame, recipe.evaluation, config.seed_of(recipe), user_metrics.version
+    )
     return table_result(
         "comparisons", frame, {"table": dg.MetadataValue.md(markdown_table(readable_pairs(frame)))}
     )
@@ -121,13 +125,19 @@ def group_metrics(
     users: pd.DataFrame,
     ratings: pd.DataFrame,
     movies: pd.DataFrame,
-    user_metrics: pd.DataFrame,
+    user_metrics: StoredTable,
 ) -> TableResult:
     """NDCG by age, gender, activity and popularity of the ground truth, for every row."""
     recipe = recipe_of(context)
     asked = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
     groups = user_groups(asked, interaction_windows, users, ratings, user_splits, movies)
-    frame = by_group(user_metrics, groups, recipe.evaluation, seed=config.seed_of(recipe))
+    frame = by_group(
+        user_metrics.frame,
+        groups,
+        recipe.evaluation,
+        config.seed_of(recipe),
+        user_metrics.version,
+    )
     left_out = frame.groupby("grouping")["users_left_out"].max().to_dict()
     return table_result("group_metrics", frame, {"users_left_out": left_out})
 
@@ -166,16 +176,17 @@ def metric_table(
     config: RunConfig,
     storage: StoreResource,
     prompts: StoredTable,
-    user_metrics: pd.DataFrame,
+    user_metrics: StoredTable,
     comparisons: pd.DataFrame,
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
     recipe = recipe_of(context)
     require_current(
-        user_metrics, "user_metrics", storage.store(), context.partition_key, prompts.version
+        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
     )
+    require_made_from(comparisons, "comparisons", _MADE_FROM, {user_metrics.version})
     frame = evaluation.metric_table(
-        user_metrics,
+        user_metrics.frame,
         recipe.evaluation,
         seed=config.seed_of(recipe),
         top_k=recipe.windows.top_k,
@@ -246,6 +257,11 @@ def report(
     """The paper's tables beside ours, one user's lists and the curves, as Markdown and HTML."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
     require_current(metric_table.frame, "metric_table", store, partition, prompts.version)
+    scored = {str(store.current("user_metrics", partition, kind="tables"))}
+    require_made_from(comparisons.frame, "comparisons", _MADE_FROM, scored)
+    require_made_from(group_metrics.frame, "group_metrics", _MADE_FROM, scored)
+    lists = set(metric_table.frame["recommendations_version"])
+    require_made_from(beyond_accuracy.frame, "beyond_accuracy", "recommendations_version", lists)
     made = report_inputs(store, partition, prompts.version)
     determinants = {
         "metric_table": metric_table.version,
