@@ -11,7 +11,7 @@ PORT ?= 3000
 export DAGSTER_HOME ?= $(CURDIR)/data/dagster_home
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart run test lint ui sql table seeds clean
+.PHONY: help setup quickstart run evaluate test lint ui sql table seeds clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -33,6 +33,9 @@ quickstart: $(INSTALLED)  ## The main job on the embedded sample: ends in the me
 
 run: $(INSTALLED)  ## The main job elsewhere: make run DATASET=ml-100k RECIPE=cpu
 	$(BIN)/llmrec run --dataset $(DATASET) --recipe $(RECIPE)
+
+evaluate: $(INSTALLED)  ## Score again without a model: make evaluate DATASET=… RECIPE=…
+	$(BIN)/llmrec evaluate --dataset $(DATASET) --recipe $(RECIPE)
 
 ui: $(INSTALLED)  ## The Dagster UI on localhost
 	$(BIN)/llmrec init

@@ -1,4 +1,4 @@
-"""The command line: ``llmrec run``, ``sql``, ``table``, ``sample``, ``init``.
+"""The command line: ``llmrec run``, ``evaluate``, ``sql``, ``table``, ``sample``, ``init``.
 
 What belongs here: reading arguments, printing. What does not: any work; every command calls one
 function of a floor below. Dagster is imported only by the commands that need it.
@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, help="override the recipe's seed")
     run.set_defaults(command=_run)
 
+    evaluate = commands.add_parser(
+        "evaluate", help="everything after the responses, without a model: tables and report"
+    )
+    evaluate.add_argument("--dataset", default="sample")
+    evaluate.add_argument("--recipe", default="quickstart")
+    evaluate.add_argument("--seed", type=int, help="override the recipe's seed")
+    evaluate.set_defaults(command=_evaluate)
+
     sql = commands.add_parser("sql", help="query the current tables, also while a run is going on")
     sql.add_argument("query")
     sql.set_defaults(command=_sql)
@@ -74,6 +82,19 @@ def _run(options: argparse.Namespace) -> int:
     from llmrec_assets.runs import run_partition
 
     run_partition(options.dataset, options.recipe, force=options.force, seed=options.seed)
+    return _show(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    _initialise_dagster_home()
+    from llmrec_assets.runs import evaluate_partition
+
+    evaluate_partition(options.dataset, options.recipe, seed=options.seed)
+    return _show(options)
+
+
+def _show(options: argparse.Namespace) -> int:
+    """The metric table, and where the report is."""
     _table(options)
     report = _store().checkpoint("report", f"{options.dataset}|{options.recipe}")
     print(f"\nreport: {report / 'report.html'}")

@@ -29,7 +29,13 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
         assets=dg.load_assets_from_modules(
             [source, prompts, models, preferences, recommendations, evaluation, probes]
         ),
-        jobs=[jobs.source_data, jobs.prepare_base_model, jobs.recommender, jobs.supervised],
+        jobs=[
+            jobs.source_data,
+            jobs.prepare_base_model,
+            jobs.recommender,
+            jobs.supervised,
+            jobs.evaluation,
+        ],
         resources={
             "storage": storage,
             "gpu": GpuResource(),

@@ -1,7 +1,7 @@
 """Running a whole partition without a daemon: what ``make quickstart`` does.
 
-What belongs here: launching the three jobs in order in this process, against the same instance as
-the UI. What does not: what the jobs are (``orchestration.jobs``).
+What belongs here: launching the jobs in order in this process, against the same instance as the
+UI. What does not: what the jobs are (``orchestration.jobs``).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from typing import Any
 
 import dagster as dg
@@ -17,6 +18,8 @@ import psutil
 from llmrec_assets.definitions import build_defs
 from llmrec_assets.ground.errors import LlmrecError, RecipeError
 from llmrec_assets.ground.recipes import load_recipe
+from llmrec_assets.ground.recommendations import STAGE_ORDER
+from llmrec_assets.ground.stages import answered_stages
 from llmrec_assets.orchestration.partitions import DATASETS
 
 #: Assets that take ``RunConfig``. Only these are configured: the source and the base model know
@@ -24,8 +27,10 @@ from llmrec_assets.orchestration.partitions import DATASETS
 CONFIGURABLE = {
     "base_responses",
     "baseline_recommendations",
+    "comparisons",
     "dpo_checkpoint",
     "dpo_responses",
+    "group_metrics",
     "interaction_windows",
     "leave_last_out",
     "metric_table",
@@ -67,31 +72,90 @@ def run_partition(
     defs = defs or build_defs()
     instance = instance or dg.DagsterInstance.get()
     bury_dead_runs(instance)
-    me = psutil.Process()
-    tags = {
-        _PID_TAG: str(me.pid),
-        _STARTED_TAG: str(me.create_time()),
-        _HOST_TAG: socket.gethostname(),
-    }
     run_ids = []
     for job_name, partition in (
         ("source_data", dataset),
         ("prepare_base_model", recipe),
         ("recommender" if aligned else "supervised", f"{dataset}|{recipe}"),
     ):
-        job = defs.resolve_job_def(job_name).with_logger_defs({"console": terminal})
-        configured = _config(job, force=force, seed=seed)
-        try:
-            result = job.execute_in_process(
-                instance=instance, partition_key=partition, run_config=configured, tags=tags
-            )
-        except dg.Failure as failure:
-            raise LlmrecError(failure.description or f"{job_name} failed") from failure
-        run_ids.append(result.run_id)
+        run_ids.append(_run(defs, job_name, partition, instance, force=force, seed=seed))
     return run_ids
 
 
-def _config(job: dg.JobDefinition, *, force: bool, seed: int | None) -> dict[str, Any]:
+def evaluate_partition(
+    dataset: str,
+    recipe: str,
+    *,
+    seed: int | None = None,
+    instance: dg.DagsterInstance | None = None,
+    defs: dg.Definitions | None = None,
+) -> str:
+    """Scores what ``dataset | recipe`` has answered, without a model; returns the run id.
+
+    Runs the job ``evaluation`` on every stage whose answers are current; the others are named.
+
+    Raises:
+        RecipeError: unknown data set or recipe.
+        LlmrecError: there are no prompts yet, or a blocking check failed.
+        Exception: whatever else the failing step raised.
+    """
+    if dataset not in DATASETS:
+        raise RecipeError(f"no data set named {dataset!r}: known are {', '.join(DATASETS)}")
+    load_recipe(recipe)
+    defs = defs or build_defs()
+    instance = instance or dg.DagsterInstance.get()
+    bury_dead_runs(instance)
+    partition = f"{dataset}|{recipe}"
+    store = (defs.resources or {})["storage"].store()
+    stages, left_out = answered_stages(store, partition)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    silent = {
+        dg.AssetKey(f"{stage}_recommendations") for stage in STAGE_ORDER if stage not in stages
+    }
+    keys = defs.resolve_job_def("evaluation").asset_layer.executable_asset_keys
+    selection = sorted(keys - silent)
+    return _run(defs, "evaluation", partition, instance, seed=seed, selection=selection)
+
+
+def _run(
+    defs: dg.Definitions,
+    job_name: str,
+    partition: str,
+    instance: dg.DagsterInstance,
+    *,
+    force: bool = False,
+    seed: int | None = None,
+    selection: list[dg.AssetKey] | None = None,
+) -> str:
+    """One job in this process, ``selection`` of it or all; returns the run id."""
+    me = psutil.Process()
+    tags = {
+        _PID_TAG: str(me.pid),
+        _STARTED_TAG: str(me.create_time()),
+        _HOST_TAG: socket.gethostname(),
+    }
+    job = defs.resolve_job_def(job_name).with_logger_defs({"console": terminal})
+    try:
+        result = job.execute_in_process(
+            instance=instance,
+            partition_key=partition,
+            run_config=_config(job, force=force, seed=seed, selection=selection),
+            tags=tags,
+            asset_selection=selection,
+        )
+    except dg.Failure as failure:
+        raise LlmrecError(failure.description or f"{job_name} failed") from failure
+    return str(result.run_id)
+
+
+def _config(
+    job: dg.JobDefinition,
+    *,
+    force: bool,
+    seed: int | None,
+    selection: list[dg.AssetKey] | None = None,
+) -> dict[str, Any]:
     config: dict[str, Any] = {"loggers": {"console": {}}}
     values: dict[str, Any] = {}
     if seed is not None:
@@ -99,7 +163,8 @@ def _config(job: dg.JobDefinition, *, force: bool, seed: int | None) -> dict[str
     if force:
         values["force"] = True
     if values:
-        names = {key.to_user_string() for key in job.asset_layer.executable_asset_keys}
+        keys = selection or job.asset_layer.executable_asset_keys
+        names = {key.to_user_string() for key in keys}
         config["ops"] = {name: {"config": values} for name in sorted(names & CONFIGURABLE)}
     return config
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from llmrec_assets.ground.comparisons import PREDECESSORS
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.intervals import bootstrap_means
 from llmrec_assets.ground.metrics import ideal_dcg
@@ -138,6 +139,7 @@ def metric_table(
     seed: int,
     top_k: int,
     versus: Mapping[str, str] | None = None,
+    comparisons: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Means over test users with intervals, one row per recommender.
 
@@ -152,6 +154,8 @@ def metric_table(
         versus: the stage each stage is compared to, within one protocol, decoding and
             information set; where that row does not exist the difference is NULL. Default:
             ``sft`` to ``base``, ``dpo`` and ``rlhf`` to ``sft``.
+        comparisons: ``COMPARISONS`` of these metrics, for the p-values of the differences;
+            ``None``: they are NULL.
 
     Returns:
         ``METRIC_TABLE``: ``base``, ``sft``, ``dpo``, ``rlhf``, then others by name.
@@ -160,14 +164,16 @@ def metric_table(
         DataError: stages answered different prompts or other users, or were decoded or grounded
             in different ways.
     """
-    versus = {"sft": "base", "dpo": "sft", "rlhf": "sft"} if versus is None else versus
+    versus = PREDECESSORS if versus is None else versus
     _require_one_prompts_version(user_metrics)
     _require_answered_alike(user_metrics)
     rows: list[dict[str, object]] = []
     for protocol, metrics in user_metrics.groupby("protocol", sort=True):
         rows += _protocol_rows(str(protocol), metrics, recipe, seed, versus)
-    table = pd.DataFrame(rows, columns=[n for n in METRIC_TABLE.names if n != "k"])
+    p_values = ["ndcg_difference_p", "ndcg_difference_p_holm"]
+    table = pd.DataFrame(rows, columns=[n for n in METRIC_TABLE.names if n not in ("k", *p_values)])
     table["k"] = top_k
+    table[p_values] = _p_values(table, comparisons)
     for name in ("parsable", "in_catalogue", "duplicate", "seen"):
         table[name] = table[name].astype("float64") / top_k
     return typed(table, METRIC_TABLE)
@@ -226,6 +232,16 @@ def _protocol_rows(
             row |= _interval("ndcg_difference", estimates[n_means + paired.index(name)])
         rows.append(row)
     return rows
+
+
+def _p_values(table: pd.DataFrame, comparisons: pd.DataFrame | None) -> np.ndarray:
+    """[n_rows, 2], p and Holm p of every row's difference to ``versus``; NaN where it has none."""
+    if comparisons is None:
+        return np.full((len(table), 2), np.nan)
+    before = comparisons[comparisons["reason"] == "predecessor"]
+    key = ["protocol", *LIST_KEY, "versus"]
+    before = before.rename(columns={"versus_stage": "versus"})[[*key, "p", "p_holm"]]
+    return table[key].merge(before, on=key, how="left")[["p", "p_holm"]].to_numpy(dtype="float64")
 
 
 def _interval(name: str, estimate: Sequence[float]) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Blocks of a page, and their rendering as Markdown and as one self-contained HTML page.
 
-What belongs here: what a heading, a table or a drawing looks like in either form, and that foreign
+What belongs here: what a heading, a table or a picture looks like in either form, and that foreign
 text stays text. What does not: which blocks a page has and what they say (``report_page``), drawing
 curves (``plots``).
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,28 +73,7 @@ class Pictures:
     pictures: Sequence[Picture]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate between its ends, none below zero; ``kind`` is a CSS class of the drawing."""
-
-    label: str
-    estimate: float
-    low: float
-    high: float
-    kind: str
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Estimates with intervals as a drawing, ``bar`` as a dashed line where there is one. In HTML
-    only: Markdown is to have a table of them."""
-
-    caption: str
-    intervals: Sequence[Interval]
-    bar: float | None
-
-
-Block = Heading | Paragraph | Table | Pictures | Intervals
+Block = Heading | Paragraph | Table | Pictures
 
 
 def visible(text: str, limit: int | None = 300) -> str:
@@ -162,11 +140,9 @@ _POLICY = (
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fdfcf9; --ink: #1f2528; --soft: #5c676d;
-  --rule: #d9d6cd; --band: #f3f1ea; --hit: #1b6e3c; --hit-band: #e3f2e6; --model: #1f5f8b;
-  --other: #9a5b13; }
+  --rule: #d9d6cd; --band: #f3f1ea; --hit: #1b6e3c; --hit-band: #e3f2e6; --model: #1f5f8b; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16191b; --ink: #e4e6e3; --soft: #9aa5aa;
-  --rule: #363c40; --band: #1e2325; --hit: #7fd29b; --hit-band: #1c3325; --model: #7db9e0;
-  --other: #dfa765; } }
+  --rule: #363c40; --band: #1e2325; --hit: #7fd29b; --hit-band: #1c3325; --model: #7db9e0; } }
 body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper);
   color: var(--ink); font: 16px/1.55 Georgia, "DejaVu Serif", serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
@@ -193,13 +169,9 @@ tbody th[scope=rowgroup] { color: var(--soft); font-weight: 600; background: var
 .published, .refused { color: var(--soft); }
 .published { font-style: italic; }
 .hit { background: var(--hit-band); color: var(--hit); font-weight: 600; }
+.worse { font-weight: 600; }
 .note { display: block; font-size: .78rem; font-weight: 400; color: var(--soft); }
 figure { margin: 1rem 0 1.4rem; }
-figure svg { width: 100%; max-width: 46rem; height: auto; font: 13px "Helvetica Neue", Arial,
-  "DejaVu Sans", sans-serif; fill: currentColor; }
-svg .rule { stroke: var(--rule); } svg .bar { stroke: var(--soft); stroke-dasharray: 4 3; }
-svg .model { stroke: var(--model); fill: var(--model); }
-svg .other { stroke: var(--other); fill: var(--other); } svg .tick { fill: var(--soft); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
 .curves figure { margin: 0; }
 img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--rule); }
@@ -229,7 +201,7 @@ def _html_block(block: Block) -> str:
     if isinstance(block, Pictures):
         figures = "\n".join(map(_html_picture, block.pictures))
         return f'<div class="curves">\n{figures}\n</div>'
-    return _html_table(block) if isinstance(block, Table) else _html_intervals(block)
+    return _html_table(block)
 
 
 def _html_picture(picture: Picture) -> str:
@@ -291,43 +263,6 @@ def _html_row(row: Sequence[Cell]) -> str:
         tag, scope = ("td", "") if position else ("th", ' scope="row"')
         cells.append(f"<{tag}{scope}{kind}>{inner}</{tag}>")
     return "".join(cells)
-
-
-def _html_intervals(drawing: Intervals) -> str:
-    """Dots with whiskers on one axis from zero."""
-    left, right, step = 230, 690, 26
-    top = max(interval.high for interval in drawing.intervals) or 1.0
-    height = step * len(drawing.intervals) + 34
-
-    def x(value: float) -> str:
-        return f"{left + (right - left) * value / top:.1f}"
-
-    ten = 10 ** math.floor(math.log10(top))
-    step_of_axis = ten if top >= 2 * ten else ten / 5
-    ticks = [round(i * step_of_axis, 6) for i in range(int(top / step_of_axis) + 1)]
-    base = height - 24
-    parts = [
-        f'<line class="rule" x1="{x(v)}" x2="{x(v)}" y1="6" y2="{base}"/>'
-        f'<text class="tick" x="{x(v)}" y="{height - 6}" text-anchor="middle">{v:g}</text>'
-        for v in ticks
-    ]
-    if drawing.bar is not None:
-        bar = x(drawing.bar)
-        parts.append(f'<line class="bar" x1="{bar}" x2="{bar}" y1="6" y2="{base}"/>')
-    for position, interval in enumerate(drawing.intervals):
-        y = 6 + step * position + step // 2
-        estimate, low, high = map(x, (interval.estimate, interval.low, interval.high))
-        parts.append(
-            f'<text x="0" y="{y + 4}">{_html_cell(interval.label)}</text>'
-            f'<g class="{interval.kind}">'
-            f'<line stroke-width="2" x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>'
-            f'<circle cx="{estimate}" cy="{y}" r="4.5"/></g>'
-        )
-    caption = _html_text(drawing.caption)
-    return (
-        f'<figure><figcaption>{caption}</figcaption><svg role="img" aria-label="{caption}" '
-        f'viewBox="0 0 720 {height}">{"".join(parts)}</svg></figure>'
-    )
 
 
 def _html_cell(text: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,6 +71,51 @@ def histogram(values: Sequence[float], *, x: str, y: str) -> bytes:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     return _png(figure)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A row of a forest plot: an estimate between the ends of its interval."""
+
+    label: str
+    estimate: float
+    low: float
+    high: float
+    is_model: bool
+
+
+def forest_plot(rows: Sequence[Estimate], bars: Mapping[str, float], *, x: str) -> bytes:
+    """Estimates with intervals, the largest on top, as PNG.
+
+    Args:
+        rows: in any order; language model and classical rows differ in colour and mark.
+        bars: reference lines by name, each broken in its own way.
+        x: what is estimated.
+    """
+    ordered = sorted(rows, key=lambda row: (row.estimate, row.high))
+    figure = _figure(9, 1.3 + 0.27 * len(ordered))
+    axes = figure.add_subplot()
+    for kind, (colour, marker, name) in _KINDS.items():
+        mine = [(y, row) for y, row in enumerate(ordered) if row.is_model is kind]
+        if not mine:
+            continue
+        ys = [y for y, _ in mine]
+        axes.hlines(ys, [r.low for _, r in mine], [r.high for _, r in mine], color=colour)
+        axes.plot([r.estimate for _, r in mine], ys, marker, color=colour, label=name, zorder=3)
+    for (name, value), style in zip(bars.items(), cycle(("--", ":", "-.")), strict=False):
+        axes.axvline(value, color=_DARK, linewidth=1, linestyle=style, label=name, zorder=1)
+    axes.set_yticks(range(len(ordered)), [row.label for row in ordered], parse_math=False)
+    axes.set_ylim(-0.7, len(ordered) - 0.3)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", color="#e3e6e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x)
+    axes.legend(frameon=False, loc="lower right", fontsize="small")
+    return _png(figure)
+
+
+#: Colour, mark and name in the legend, by whether it is a row of the language model.
+_KINDS = {True: ("#1f5f8b", "o", "language model"), False: ("#b3691a", "s", "classical")}
 
 
 def _curve(axes: Axes, points: Points, *, legend: bool = False) -> None:

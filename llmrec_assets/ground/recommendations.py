@@ -32,6 +32,9 @@ _RESPONSE_VERSIONS = ("prompts_version", "checkpoint_version", "answer_version")
 WINDOW_KEY = ["user_id", "window_index"]
 LIST_KEY = ["stage", "decoding", "information_set"]
 
+#: A recommender's row in a table: stage, decoding, information set.
+Row = tuple[str, str, str]
+
 
 def canonical_ids(movies: pd.DataFrame) -> dict[int, int]:
     """Canonical movie id by movie id, from ``MOVIES``."""

@@ -5,9 +5,13 @@ What belongs here: choosing and formatting columns. What does not: computing the
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+
+from llmrec_assets.ground.recommendations import LIST_KEY, Row
 
 
 def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
@@ -18,7 +22,7 @@ def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per stage: list, users, hits, NDCG / Precision / Recall with their intervals,
-        the paired NDCG difference, validity.
+        the paired NDCG difference with its corrected p-value, validity.
     """
     rows = []
     for row in metric_table.to_dict("records"):
@@ -37,6 +41,7 @@ def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
                 f"Precision@{k} %": _percent(row, "precision"),
                 f"Recall@{k} %": _percent(row, "recall"),
                 "NDCG difference": difference,
+                "Holm p": p_value(row.get("ndcg_difference_p_holm")),
                 "parsable %": f"{100 * row['parsable']:.0f}",
                 "in catalogue %": f"{100 * row['in_catalogue']:.0f}",
                 "duplicate %": f"{100 * row['duplicate']:.0f}",
@@ -44,6 +49,59 @@ def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def readable_pairs(
+    comparisons: pd.DataFrame, labels: Mapping[Row, str] | None = None
+) -> pd.DataFrame:
+    """``COMPARISONS`` as text, differences in points with intervals.
+
+    Args:
+        labels: what rows are called; ``None``: all that identifies them.
+    """
+    rows = []
+    for row in comparisons.to_dict("records"):
+        needed = row["users_needed"]
+        rows.append(
+            {
+                "why": row["reason"],
+                "row": _name(row_of(row), labels),
+                "versus": _name(row_of(row, "versus_"), labels),
+                "NDCG difference": _signed(row, "difference"),
+                "p": p_value(row["p"]),
+                "Holm p": p_value(row["p_holm"]),
+                "shown": "yes" if row["is_shown"] else "no",
+                "users": f"{row['n_users']:,}",
+                "users that differ": f"{row['n_differ']:,}",
+                "users needed": "" if pd.isna(needed) else f"{needed:,}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _name(row: Row, labels: Mapping[Row, str] | None) -> str:
+    return ", ".join(row) if labels is None else labels[row]
+
+
+def row_of(record: Mapping[Any, Any], prefix: str = "") -> Row:
+    """Stage, decoding and information set of a table's row."""
+    stage, decoding, information_set = (str(record[f"{prefix}{name}"]) for name in LIST_KEY)
+    return stage, decoding, information_set
+
+
+def row_labels(table: pd.DataFrame) -> dict[Row, str]:
+    """What a reader calls the rows of a table: the stage, and what tells its lists apart where it
+    has several."""
+    rows = list(dict.fromkeys(map(row_of, table[LIST_KEY].to_dict("records"))))
+    lists = Counter(stage for stage, _, _ in rows)
+    return {row: row[0] + (f" ({row[1]}, {row[2]})" if lists[row[0]] > 1 else "") for row in rows}
+
+
+def p_value(value: Any) -> str:
+    """Three decimals; "< 0.001" under them; nothing where there is none."""
+    if value is None or pd.isna(value):
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _percent(row: dict, name: str) -> str:

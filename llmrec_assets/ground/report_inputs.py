@@ -117,7 +117,8 @@ def self_contained(store: Store, partition: str) -> str:
     """The current report's Markdown with its pictures inside, for a viewer without its files."""
     directory = store.checkpoint("report", partition)
     text = (directory / "report.md").read_text(encoding="utf-8")
-    for path in sorted(directory.glob("curves/*.png")):
+    for path in sorted(directory.glob("*/*.png")):
         data = base64.b64encode(path.read_bytes()).decode()
-        text = text.replace(f"](curves/{path.name})", f"](data:image/png;base64,{data})")
+        shown = path.relative_to(directory).as_posix()
+        text = text.replace(f"]({shown})", f"](data:image/png;base64,{data})")
     return text

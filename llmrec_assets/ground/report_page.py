@@ -3,7 +3,8 @@
 What belongs here: which tables, sentences and pictures the report has. What does not: what they
 look like in Markdown and HTML, escaping included (``pages``), computing figures (``evaluation``),
 formatting the metric table's cells (``report``), drawing curves (``plots``), the paper's figures
-(``published``).
+(``published``), the sections on comparisons, lists and groups (``report_sections``) and what may
+be concluded (``conclusions``).
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from llmrec_assets.ground.conclusions import verdict
 from llmrec_assets.ground.pages import (
     Block,
     Cell,
     Heading,
-    Interval,
-    Intervals,
     Paragraph,
     Picture,
     Pictures,
@@ -33,7 +32,8 @@ from llmrec_assets.ground.pages import (
 )
 from llmrec_assets.ground.published import PUBLISHED, SOURCE, PublishedTable
 from llmrec_assets.ground.recommendations import STAGE_ORDER, stage_key
-from llmrec_assets.ground.report import readable
+from llmrec_assets.ground.report import readable, row_labels, row_of
+from llmrec_assets.ground.report_sections import forest, protocol_sections
 
 #: What the four stages rest on, in order; what has no facts is shown as missing.
 _EXPECTED = (
@@ -72,6 +72,10 @@ def build_report(
     recipe_name: str,
     base_model: str,
     metric_table: pd.DataFrame,
+    comparisons: pd.DataFrame,
+    beyond_accuracy: pd.DataFrame,
+    group_metrics: pd.DataFrame,
+    confidence: float,
     sample_recommendations: pd.DataFrame,
     facts: Mapping[str, Mapping[str, Any]],
     curves: Sequence[Curve],
@@ -83,6 +87,10 @@ def build_report(
         dataset: partition key; only ``published.PUBLISHED`` has figures to stand beside.
         base_model: its label.
         metric_table: ``METRIC_TABLE``; a stage it lacks is named as missing.
+        comparisons: ``COMPARISONS``; every claim about a difference rests on it.
+        beyond_accuracy: ``BEYOND_ACCURACY``.
+        group_metrics: ``GROUP_METRICS``.
+        confidence: of the intervals; 1 - confidence is the level of the comparisons.
         sample_recommendations: ``SAMPLE_RECOMMENDATIONS``.
         facts: asset → what is known of it, JSON values; a checkpoint or ``preference_pairs`` that
             is absent is named as missing. ``version``, ``seconds`` and ``run_id``
@@ -99,9 +107,13 @@ def build_report(
     protocols = list(metric_table.groupby("protocol", sort=True)) or [("", metric_table)]
     for protocol, part in protocols:
         where = f" ({protocol})" if len(protocols) > 1 else ""
-        blocks += [Heading(f"Verdict{where}"), Paragraph(verdict(part), lead=True)]
+        told = verdict(part, comparisons[comparisons["protocol"] == protocol])
+        blocks += [Heading(f"Verdict{where}"), Paragraph(told, lead=True)]
         blocks.append(Heading(f"{table_1}: the stages{where}"))
-        blocks += _stages(part, dataset, published)
+        blocks += _stages(part, dataset, published, _slug(where))
+        blocks += protocol_sections(
+            str(protocol), part, comparisons, beyond_accuracy, group_metrics, confidence, where
+        )
     blocks += [Heading("Table 2: one user through the stages"), *_one_user(sample_recommendations)]
     blocks += [Heading("Preference pairs"), *_pairs(facts)]
     pictures = _pictures(curves)
@@ -112,84 +124,24 @@ def build_report(
     return Report(
         markdown=render_markdown(title, blocks),
         html=render_html(title, blocks),
-        files={picture.path: picture.png for picture in pictures},
+        files={
+            picture.path: picture.png
+            for block in blocks
+            if isinstance(block, Pictures)
+            for picture in block.pictures
+        },
     )
 
 
 def _records(metric_table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The table's rows in training order, each with ``label``, what a reader calls it (the stage,
-    and what tells its lists apart where it has several), and ``shown``, its cells as text."""
+    """The table's rows in training order, each with ``label``, what a reader calls it, and
+    ``shown``, its cells as text."""
     rows = [{str(name): v for name, v in r.items()} for r in metric_table.to_dict("records")]
-    lists = Counter(row["stage"] for row in rows)
+    labels = row_labels(metric_table)
     for row, shown in zip(rows, readable(metric_table).to_dict("records"), strict=True):
-        which = f" ({row['decoding']}, {row['information_set']})"
-        row["label"] = row["stage"] + (which if lists[row["stage"]] > 1 else "")
+        row["label"] = labels[row_of(row)]
         row["shown"] = shown
     return sorted(rows, key=lambda row: (*stage_key(row["stage"]), row["label"]))
-
-
-def verdict(metric_table: pd.DataFrame) -> str:
-    """What the rows of one protocol allow to be said, in one paragraph.
-
-    For each trained stage: its paired NDCG difference and whether the interval excludes zero. For
-    all LLM rows together: whether an interval lies above the estimates of popularity.
-    """
-    rows = _records(metric_table)
-    if not rows:
-        return "No stage has been scored: the metric table is empty, so nothing can be said."
-    most = max(rows, key=lambda row: row["hits"])
-    said = [
-        f"{most['n_users']} test users; most hits: {most['label']}, "
-        f"{most['shown']['hits'].replace('/', ' in ')} slots."
-    ]
-    for stage in STAGE_ORDER:
-        mine = [row for row in rows if row["stage"] == stage]
-        if not mine:
-            said.append(f"{stage} is missing.")
-        elif stage != "base":
-            said += map(_paired, mine)
-    return " ".join([*said, *_against_popularity(rows)])
-
-
-def _paired(row: Mapping[str, Any]) -> str:
-    if pd.isna(row["versus"]):
-        return f"{row['label']} has no paired difference in the table."
-    low, high = row["ndcg_difference_low"], row["ndcg_difference_high"]
-    difference = row["shown"]["NDCG difference"]
-    told = f"{row['label']}: NDCG@{row['k']} {difference}, in points"
-    if low > 0 or high < 0:
-        return f"{told}; the interval excludes zero: {'better' if low > 0 else 'worse'}."
-    return f"{told}; the interval does not exclude zero: no difference is shown."
-
-
-def _against_popularity(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each popularity list. "Reaches" needs the whole interval above it."""
-    models = [row for row in rows if row["stage"] in STAGE_ORDER]
-    popular = [row for row in rows if row["stage"] == "popularity"]
-    if not popular:
-        return ["Popularity is not in the table: whether the LLM reaches it cannot be said."]
-    if not models:
-        return ["No LLM stage is in the table."]
-    best = max(models, key=lambda row: row["ndcg"])
-    interval = f"{best['shown'][_column('NDCG', best)]} %"
-    told = []
-    for bar in popular:
-        against = f"{bar['label']} at {100 * bar['ndcg']:.2f} %"
-        above = [row["label"] for row in models if row["ndcg_low"] > bar["ndcg"]]
-        if above:
-            told.append(f"The LLM exceeds {against} NDCG: {', '.join(above)}.")
-        elif best["ndcg"] < bar["ndcg"]:
-            holds = ", whose interval holds that figure" if best["ndcg_high"] >= bar["ndcg"] else ""
-            told.append(
-                f"The LLM does not reach {against}: its best row is {best['label']}, "
-                f"{interval}{holds}."
-            )
-        else:
-            told.append(
-                f"The LLM is not shown to exceed {against}: the interval of its best row, "
-                f"{best['label']}, {interval}, holds that figure."
-            )
-    return told
 
 
 def _column(metric: str, row: Mapping[str, Any]) -> str:
@@ -197,7 +149,7 @@ def _column(metric: str, row: Mapping[str, Any]) -> str:
 
 
 def _stages(
-    metric_table: pd.DataFrame, dataset: str, published: PublishedTable | None
+    metric_table: pd.DataFrame, dataset: str, published: PublishedTable | None, slug: str
 ) -> list[Block]:
     """Table 1 (or 3): LLM stages, then classical rows; then the intervals and the validity."""
     rows = _records(metric_table)
@@ -222,35 +174,20 @@ def _stages(
     blocks: list[Block] = [
         Table("Means over test users with intervals, in per cent", columns, sections)
     ]
-    if rows:
-        blocks.append(_intervals(rows, f"NDCG@{k}"))
+    blocks += forest(metric_table, slug)
     blocks += [Paragraph(line) for line in _notes(dataset, published)]
     if rows:
         blocks.append(_validity(rows))
     return blocks
 
 
-def _intervals(rows: Sequence[Mapping[str, Any]], name: str) -> Intervals:
-    intervals = [
-        Interval(
-            row["label"],
-            estimate=100 * row["ndcg"],
-            low=100 * row["ndcg_low"],
-            high=100 * row["ndcg_high"],
-            kind="model" if row["stage"] in STAGE_ORDER else "other",
-        )
-        for row in rows
-    ]
-    classical = [interval.estimate for interval in intervals if interval.kind == "other"]
-    caption = f"{name} in per cent with intervals; dashed: the best classical estimate"
-    return Intervals(caption, intervals, max(classical, default=None))
-
-
 def _stage_cells(
     stage: str, row: Mapping[str, Any] | None, published: PublishedTable | None
 ) -> list[Cell]:
     """A row of Table 1; ``row`` is None where the metric table lacks the stage."""
-    theirs = _published(published, stage)
+    # the paper's answers are free text; its figures stand beside no other decoding
+    own = row is None or row["decoding"] == "free"
+    theirs = _published(published, stage if own else "")
     if row is None:
         cells = [Cell(stage), Cell("missing", kind="number refused"), Cell("")]
     else:
@@ -397,7 +334,7 @@ def _pictures(curves: Sequence[Curve]) -> list[Picture]:
     pictures: list[Picture] = []
     taken: set[str] = set()
     for curve in curves:
-        slug = re.sub(r"[^a-z0-9]+", "-", curve.title.lower()).strip("-")[:60] or "curve"
+        slug = _slug(curve.title).strip("-")[:60] or "curve"
         path, n = f"curves/{slug}.png", 1
         while path in taken:
             n += 1
@@ -405,6 +342,10 @@ def _pictures(curves: Sequence[Curve]) -> list[Picture]:
         taken.add(path)
         pictures.append(Picture(curve.title, curve.png, path))
     return pictures
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).rstrip("-")
 
 
 def _made(facts: Mapping[str, Mapping[str, Any]], metric_table: pd.DataFrame) -> list[Block]:

@@ -228,6 +228,13 @@ METRIC_TABLE = _schema(
     *_interval("recall", "mean Recall@k"),
     ("versus", pa.string(), True, "stage of the paired difference; NULL: none"),
     *_interval("ndcg_difference", "mean paired NDCG@k difference to `versus`", nullable=True),
+    ("ndcg_difference_p", pa.float64(), True, "its sign-flip p-value over users, two-sided"),
+    (
+        "ndcg_difference_p_holm",
+        pa.float64(),
+        True,
+        "that p-value after Holm's correction over all of `comparisons`",
+    ),
     ("parsable", pa.float64(), False, "share of slots with a parsed item"),
     ("in_catalogue", pa.float64(), False, "share of slots grounded to a film"),
     ("duplicate", pa.float64(), False, "share of slots that repeat a film"),
@@ -236,6 +243,88 @@ METRIC_TABLE = _schema(
     ("recommendations_version", pa.string(), False, "version of the recommendations scored"),
     _CHECKPOINT,
     _ANSWERED,
+)
+
+_ROW = (
+    ("protocol", pa.string(), False, "evaluation protocol"),
+    ("stage", pa.string(), False, "model stage or classical recommender"),
+    ("decoding", pa.string(), False, "how the list was made"),
+    ("information_set", pa.string(), False, "what the recommender saw"),
+)
+
+_SCORED = ("user_metrics_version", pa.string(), False, "version of the metrics it was made from")
+
+COMPARISONS = _schema(
+    _ROW[0],
+    (
+        "reason",
+        pa.string(),
+        False,
+        "'predecessor', 'free decoding', 'best classical' or 'popularity'",
+    ),
+    *_ROW[1:],
+    ("versus_stage", pa.string(), False, "stage of the row it is compared to"),
+    ("versus_decoding", pa.string(), False, "decoding of that row"),
+    ("versus_information_set", pa.string(), False, "information set of that row"),
+    ("n_users", pa.int32(), False, "test users, all of them paired"),
+    ("n_differ", pa.int32(), False, "users whose two scores differ"),
+    *_interval("difference", "mean paired NDCG@k difference"),
+    ("deviation", pa.float64(), False, "standard deviation of a user's difference"),
+    ("p", pa.float64(), False, "sign-flip p-value over users, two-sided"),
+    ("p_holm", pa.float64(), False, "p after Holm's correction over all pairs of this table"),
+    ("n_comparisons", pa.int32(), False, "pairs that the correction is over"),
+    ("is_shown", pa.bool_(), False, "p_holm is at most 1 - confidence: more than chance"),
+    (
+        "users_needed",
+        pa.int32(),
+        True,
+        "users to see a difference of this size with 80 % power; NULL: there is none to see",
+    ),
+    _SCORED,
+)
+
+BEYOND_ACCURACY = _schema(
+    *_ROW,
+    ("k", pa.int16(), False, "list length"),
+    ("n_windows", pa.int32(), False, "test windows"),
+    ("valid", pa.float64(), False, "share of slots with a film, neither repeated nor seen"),
+    ("n_films", pa.int32(), False, "different films among the valid slots"),
+    ("coverage", pa.float64(), False, "n_films over the films of the catalogue"),
+    (
+        "novelty",
+        pa.float64(),
+        True,
+        "mean self-information of a valid slot's film in bits, by the training users who rated it",
+    ),
+    ("popularity", pa.float64(), True, "mean percentile of that popularity in the catalogue, 0-1"),
+    ("diversity", pa.float64(), True, "mean Jaccard distance of the genres within a list, 0-1"),
+    (
+        "miscalibration",
+        pa.float64(),
+        True,
+        "Jensen-Shannon divergence of the list's genres from those the user liked, 0-1",
+    ),
+    ("prompt_tokens", pa.float64(), True, "tokens read per user; NULL: no language model"),
+    ("response_tokens", pa.float64(), True, "tokens generated per user; NULL: likewise"),
+    ("seconds", pa.float64(), True, "seconds of generation per user; NULL: not measured"),
+    ("recommendations_version", pa.string(), False, "version of the recommendations described"),
+)
+
+GROUP_METRICS = _schema(
+    *_ROW,
+    (
+        "grouping",
+        pa.string(),
+        False,
+        "'age', 'gender', 'activity' or 'ground truth popularity'",
+    ),
+    ("group", pa.string(), False, "the group's name"),
+    ("position", pa.int16(), False, "the group's place within its grouping, 0 first"),
+    ("n_users", pa.int32(), False, "test users of the group"),
+    ("hits", pa.int32(), False, "slots that hit, summed over their windows"),
+    *_interval("ndcg", "mean NDCG@k of the group"),
+    ("users_left_out", pa.int32(), False, "test users of this grouping in groups too small"),
+    _SCORED,
 )
 
 SAMPLE_RECOMMENDATIONS = _schema(
@@ -296,6 +385,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     "baseline_recommendations": RECOMMENDATIONS,
     "user_metrics": USER_METRICS,
     "metric_table": METRIC_TABLE,
+    "comparisons": COMPARISONS,
+    "beyond_accuracy": BEYOND_ACCURACY,
+    "group_metrics": GROUP_METRICS,
     "sample_recommendations": SAMPLE_RECOMMENDATIONS,
     "memorisation": MEMORISATION,
     "leave_last_out": LEAVE_LAST_OUT,

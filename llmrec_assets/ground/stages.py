@@ -93,6 +93,38 @@ def current_stages(store: Store, partition: str, prompts_version: str) -> StageT
     return StageTables(pd.concat(kept, ignore_index=True), left_out)
 
 
+def answers_behind(store: Store, partition: str, lists: pd.DataFrame) -> pd.DataFrame:
+    """The current ``RESPONSES`` that ``lists`` (``RECOMMENDATIONS``) were read from: same stage,
+    decoding, prompts and checkpoint. Answers made since are left out."""
+    key = ["stage", "decoding", "prompts_version", "checkpoint_version"]
+    wanted = lists[key].drop_duplicates()
+    found = [wanted.iloc[:0]]
+    for stage in sorted(set(wanted["stage"]) & set(CHECKPOINT_OF_STAGE)):
+        if store.current(f"{stage}_responses", partition, kind="tables") is not None:
+            found.append(store.read_table(f"{stage}_responses", partition).frame)
+    return pd.concat(found, ignore_index=True).merge(wanted, on=key)
+
+
+def answered_stages(store: Store, partition: str) -> tuple[list[str], list[str]]:
+    """Stages whose current answers can be grounded and scored again without a model, and why
+    the others cannot."""
+    prompts = store.current("prompts", partition, kind="tables")
+    if prompts is None:
+        raise DataError(
+            f"prompts has not been materialized for {partition}: there is nothing to evaluate yet"
+        )
+    kept, left_out = [], []
+    for stage in CHECKPOINT_OF_STAGE:
+        if store.current(f"{stage}_responses", partition, kind="tables") is None:
+            left_out.append(f"{stage}_responses is missing: never materialized for {partition}")
+            continue
+        frame = store.read_table(f"{stage}_responses", partition).frame
+        problems = response_problems(frame, stage, store, partition, prompts)
+        left_out += problems
+        kept += [] if problems else [stage]
+    return kept, left_out
+
+
 def missing_stages(scored: pd.DataFrame) -> list[str]:
     """Stages that ``scored`` (any table with a ``stage`` column) lacks."""
     present = set(scored["stage"])
@@ -120,6 +152,24 @@ def require_current(
         stale = _stale_checkpoint(store, partition, rows)
         if stale is not None:
             raise DataError(f"{name} is stale: {stale}; materialize {name} again")
+
+
+def require_made_from(table: pd.DataFrame, name: str, column: str, current: set[str]) -> None:
+    """Refuses a table that was made from others than those that stand beside it.
+
+    Args:
+        table: called ``name``; its ``column`` holds the version of what each row was made from.
+        current: the versions there may be.
+
+    Raises:
+        DataError: a row names another.
+    """
+    others = set(table[column]) - current
+    if others:
+        raise DataError(
+            f"{name} is stale: its {column} is {', '.join(sorted(others))}, the current one is "
+            f"{', '.join(sorted(current)) or 'missing'}; materialize {name} again"
+        )
 
 
 def _stale_checkpoint(store: Store, partition: str, frame: pd.DataFrame) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
+from llmrec_assets.ground.stages import CHECKPOINT_OF_STAGE
 from llmrec_assets.orchestration.partitions import (
     dataset_partitions,
     recipe_partitions,
@@ -53,4 +54,17 @@ supervised = dg.define_asset_job(
     partitions_def=run_partitions,
     description="A `dataset | recipe` up to SFT, without preference alignment: where the paper "
     "stops on ML-1M.",
+)
+
+#: Stages' answers, the classical lists and everything before them are taken as they are.
+evaluation = dg.define_asset_job(
+    "evaluation",
+    selection=dg.AssetSelection.groups("evaluation")
+    # These two ask or fit models, and depend on no response.
+    - dg.AssetSelection.assets("memorisation", "leave_last_out")
+    | dg.AssetSelection.assets(*(f"{stage}_recommendations" for stage in CHECKPOINT_OF_STAGE)),
+    partitions_def=run_partitions,
+    description="Everything after the responses of a `dataset | recipe`, without a model: "
+    "grounding, metrics, tables, report. Where a stage has not answered (ML-1M stops at SFT), "
+    "leave its recommendations out of the selection, as `llmrec evaluate` does.",
 )

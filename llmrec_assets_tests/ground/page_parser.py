@@ -13,7 +13,6 @@ HOSTILE = (
 PARTS = {
     *("h1", "h2", "p", "div", "figure", "figcaption", "img", "details", "summary"),
     *("table", "caption", "thead", "tbody", "tr", "th", "td", "bdi"),
-    *("svg", "g", "line", "circle", "text"),
 }
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 
@@ -29,7 +28,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "line", "circle"):
+        if tag not in ("meta", "img"):
             self.open.append(tag)
         if tag == "table":
             self.rows = []

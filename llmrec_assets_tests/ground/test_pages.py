@@ -8,8 +8,6 @@ from page_parser import HOSTILE, PNG, Page, assert_harmless
 from llmrec_assets.ground.pages import (
     Cell,
     Heading,
-    Interval,
-    Intervals,
     Paragraph,
     Picture,
     Pictures,
@@ -33,9 +31,8 @@ FOLDED = Table(HOSTILE, [("", HOSTILE), ("", HOSTILE)], [("", ROWS)], folded=Tru
         GROUPED,
         FOLDED,
         Pictures([Picture(HOSTILE, PNG, "curves/a.png")]),
-        Intervals(HOSTILE, [Interval(HOSTILE, 1.0, 0.5, 2.0, "model")], bar=1.5),
     ],
-    ids=["heading", "paragraph", "lead", "grouped", "folded", "pictures", "intervals"],
+    ids=["heading", "paragraph", "lead", "grouped", "folded", "pictures"],
 )
 def test_foreign_text_stays_text_in_every_field(block):
     assert_harmless(render_html(HOSTILE, [block]), render_markdown(HOSTILE, [block]))

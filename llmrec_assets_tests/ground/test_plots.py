@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from llmrec_assets.ground.plots import curves_plot, histogram, line_plot
+from llmrec_assets.ground.plots import Estimate, curves_plot, forest_plot, histogram, line_plot
 
 
 def points(n: int) -> list[tuple[float, float]]:
@@ -139,3 +139,27 @@ def test_every_curve_has_a_panel_of_its_own(saved):
         np.testing.assert_array_equal(panel.lines[0].get_xydata(), np.reshape(drawn, (-1, 2)))
     # the step is named under the lowest panel of each column
     assert [panel.get_xlabel() for panel in panels] == ["", "batch", "batch", "batch"]
+
+
+def test_a_forest_is_sorted_and_holds_every_interval_and_line(saved):
+    rows = [
+        Estimate("sft $x$", 1.0, 0.5, 2.0, True),
+        Estimate("popularity", 5.0, 4.0, 6.0, False),
+        Estimate("dpo", 3.0, 0.0, 7.0, True),
+    ]
+    png = forest_plot(rows, {"popularity": 5.0, "other": 4.5}, x="NDCG@5")
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    (axes,) = saved[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "sft $x$", "dpo", "popularity",
+    ]  # fmt: skip
+    marks = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert marks["language model"] == [[1.0, 0.0], [3.0, 1.0]]
+    assert marks["classical"] == [[5.0, 2.0]]
+    assert [x for x, _ in marks["popularity"]] == [5.0, 5.0]
+    whiskers = [segment.tolist() for c in axes.collections for segment in c.get_segments()]
+    assert sorted(whiskers) == [
+        [[0.0, 1.0], [7.0, 1.0]], [[0.5, 0.0], [2.0, 0.0]], [[4.0, 2.0], [6.0, 2.0]],
+    ]  # fmt: skip
+    assert axes.get_xlabel() == "NDCG@5"
+    assert size(forest_plot(rows * 10, {}, x="NDCG@5"))[1] > size(png)[1]

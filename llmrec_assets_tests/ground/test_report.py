@@ -32,6 +32,8 @@ BASE = {
     "ndcg_difference": None,
     "ndcg_difference_low": None,
     "ndcg_difference_high": None,
+    "ndcg_difference_p": None,
+    "ndcg_difference_p_holm": None,
     "parsable": 0.996,
     "in_catalogue": 0.75,
     "duplicate": 0.0,
@@ -48,6 +50,8 @@ SFT = {
     "ndcg_difference": 0.0123,
     "ndcg_difference_low": -0.004,
     "ndcg_difference_high": 0.03,
+    "ndcg_difference_p": 0.004,
+    "ndcg_difference_p_holm": 0.012,
 }
 
 
@@ -68,6 +72,7 @@ def test_a_row_in_per_cent_with_intervals():
             "Precision@5 %": "50.00 [25.00, 100.00]",
             "Recall@5 %": "10.00 [5.00, 15.00]",
             "NDCG difference": "+1.23 [-0.40, +3.00] vs base",
+            "Holm p": "0.012",
             "parsable %": "100",
             "in catalogue %": "75",
             "duplicate %": "0",

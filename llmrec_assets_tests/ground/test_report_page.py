@@ -9,9 +9,17 @@ import pandas as pd
 import pytest
 from page_parser import HOSTILE, PNG, Page, assert_harmless
 
+from llmrec_assets.ground.conclusions import verdict
 from llmrec_assets.ground.published import PUBLISHED
-from llmrec_assets.ground.report_page import Curve, build_report, verdict
-from llmrec_assets.ground.schemas import METRIC_TABLE, SAMPLE_RECOMMENDATIONS
+from llmrec_assets.ground.recommendations import LIST_KEY
+from llmrec_assets.ground.report_page import Curve, build_report
+from llmrec_assets.ground.schemas import (
+    BEYOND_ACCURACY,
+    COMPARISONS,
+    GROUP_METRICS,
+    METRIC_TABLE,
+    SAMPLE_RECOMMENDATIONS,
+)
 from llmrec_assets.ground.tables import conform, to_frame
 
 
@@ -52,6 +60,50 @@ def metric_table(*rows):
     return to_frame(conform(frame, METRIC_TABLE, "metric_table"))
 
 
+def pair(stage, versus, difference, p_holm, reason="predecessor", **other):
+    """A comparison of two free lists; ``versus`` may be a whole row."""
+    versus = versus if isinstance(versus, tuple) else (versus, "free", "prompt")
+    return {
+        "protocol": "user-split",
+        "reason": reason,
+        "stage": stage,
+        "decoding": "free",
+        "information_set": "prompt",
+        **dict(zip((f"versus_{name}" for name in LIST_KEY), versus, strict=True)),
+        "n_users": 100,
+        "n_differ": 40,
+        "difference": difference,
+        "difference_low": difference - 0.01,
+        "difference_high": difference + 0.01,
+        "deviation": 0.1,
+        "p": p_holm / 4,
+        "p_holm": p_holm,
+        "n_comparisons": 4,
+        "is_shown": p_holm <= 0.05,
+        "users_needed": 785,
+        "user_metrics_version": "m",
+        **other,
+    }
+
+
+def comparisons(*rows):
+    frame = pd.DataFrame(list(rows), columns=COMPARISONS.names)
+    return to_frame(conform(frame, COMPARISONS, "comparisons"))
+
+
+def beyond(*rows):
+    frame = pd.DataFrame(list(rows), columns=BEYOND_ACCURACY.names)
+    return to_frame(conform(frame, BEYOND_ACCURACY, "beyond_accuracy"))
+
+
+def groups(*rows):
+    frame = pd.DataFrame(list(rows), columns=GROUP_METRICS.names)
+    return to_frame(conform(frame, GROUP_METRICS, "group_metrics"))
+
+
+POPULAR = ("popularity", "ranking", "history")
+
+
 def sample(*rows):
     frame = pd.DataFrame(
         [(7, 0, *r) for r in rows], columns=["user_id", "window_index", *SAMPLE_COLUMNS]
@@ -65,6 +117,10 @@ SAMPLE_COLUMNS = ["row", "rank", "text", "title", "is_hit"]
 def report(metrics=None, lists=None, dataset="ml-100k", **other):
     given = {
         "recipe_name": "tiny",
+        "comparisons": comparisons(),
+        "beyond_accuracy": beyond(),
+        "group_metrics": groups(),
+        "confidence": 0.95,
         "base_model": "a model",
         "facts": {},
         "curves": [],
@@ -82,64 +138,11 @@ def report(metrics=None, lists=None, dataset="ml-100k", **other):
 # ---- verdict -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("interval", "says"),
-    [
-        ((0.01, 0.001, 0.02), "the interval excludes zero: better"),
-        ((-0.01, -0.02, -0.001), "the interval excludes zero: worse"),
-        ((0.01, -0.001, 0.02), "the interval does not exclude zero: no difference is shown"),
-        ((0.01, 0.0, 0.02), "the interval does not exclude zero: no difference is shown"),
-    ],
-)
-def test_a_difference_counts_only_where_its_interval_excludes_zero(interval, says):
-    told = verdict(metric_table(row("sft"), row("dpo", difference=interval)))
-    assert f"dpo: NDCG@5 {100 * interval[0]:+.2f} [" in told
-    assert says in told
-
-
 def test_the_verdict_names_every_missing_stage():
-    told = verdict(metric_table(row("sft"), popularity(0.05)))
-    assert "base is missing." in told
-    assert "dpo is missing." in told
-    assert "rlhf is missing." in told
+    told = verdict(metric_table(row("sft"), popularity(0.05)), comparisons())
+    assert "base is missing. dpo is missing. rlhf is missing." in told
     assert "sft is missing." not in told
-    assert "sft has no paired difference in the table." in told
-
-
-def test_the_llm_exceeds_popularity_only_by_its_whole_interval():
-    below = metric_table(row("sft", (0.010, 0.005, 0.020)), popularity(0.045))
-    assert "The LLM does not reach popularity at 4.50 %: its best row is sft" in verdict(below)
-    assert "holds that figure" not in verdict(below)
-
-    ahead_by_estimate = metric_table(row("sft", (0.050, 0.040, 0.060)), popularity(0.045))
-    assert "The LLM is not shown to exceed popularity at 4.50 %" in verdict(ahead_by_estimate)
-
-    behind_by_estimate = metric_table(row("sft", (0.040, 0.030, 0.050)), popularity(0.045))
-    assert "does not reach popularity" in verdict(behind_by_estimate)
-    assert "whose interval holds that figure" in verdict(behind_by_estimate)
-
-    ahead = metric_table(
-        row("base", (0.01, 0.0, 0.02)), row("sft", (0.060, 0.046, 0.070)), popularity(0.045)
-    )
-    assert "The LLM exceeds popularity at 4.50 % NDCG: sft." in verdict(ahead)
-
-
-def test_each_popularity_list_is_a_bar_of_its_own():
-    told = verdict(
-        metric_table(
-            row("sft", (0.04, 0.035, 0.05)),
-            popularity(0.045),
-            popularity(0.03) | {"information_set": "prompt"},
-        )
-    )
-    assert "The LLM does not reach popularity (ranking, history) at 4.50 %" in told
-    assert "The LLM exceeds popularity (ranking, prompt) at 3.00 % NDCG: sft." in told
-
-
-def test_without_popularity_or_rows_nothing_is_claimed():
-    assert "whether the LLM reaches it cannot be said" in verdict(metric_table(row("sft")))
-    assert "No LLM stage is in the table." in verdict(metric_table(popularity(0.05)))
-    assert "nothing can be said" in verdict(metric_table())
+    assert "No stage stands beside the one it was trained from." in told
 
 
 # ---- published figures ---------------------------------------------------------------------------
@@ -179,6 +182,13 @@ def test_published_figures_stand_beside_ours_and_gaps_are_said():
     assert page.row("Means", "popularity")[3:5] == ["5.00[4.00, 6.00]", ""]
     assert "12 hits in 660 slots (sft)" in page.text
     assert "k shrinks" in page.text
+
+
+def test_published_figures_stand_beside_free_text_only():
+    ranked = row("sft", decoding="ranked")
+    page = Page(report(metric_table(row("base"), row("sft"), ranked)).html)
+    assert page.row("Means", "sft (free, prompt)")[4] == "1.69"
+    assert page.row("Means", "sft (ranked, prompt)")[4] == ""
 
 
 def test_ml_1m_has_table_3_which_stops_at_sft():
@@ -292,8 +302,8 @@ def hostile_report():
 def test_foreign_text_stays_text_wherever_the_report_shows_it():
     made = hostile_report()
     assert_harmless(made.html, made.markdown)
-    assert all(re.fullmatch(r"curves/[a-z0-9-]+\.png", path) for path in made.files)
-    assert len(made.files) == 3
+    assert all(re.fullmatch(r"(curves|figures)/[a-z0-9-]+\.png", path) for path in made.files)
+    assert len(made.files) == 3 + 1  # the forest plot
 
 
 def test_pictures_are_inline_in_html_and_files_in_markdown():
@@ -309,20 +319,88 @@ def test_pictures_are_inline_in_html_and_files_in_markdown():
 
 def test_prose_is_not_cut_and_says_what_the_page_says():
     made = report(metric_table(row("base"), row("sft"), popularity(0.05)))
-    told = verdict(metric_table(row("base"), row("sft"), popularity(0.05)))
+    told = verdict(metric_table(row("base"), row("sft"), popularity(0.05)), comparisons())
     assert told in Page(made.html).text
     assert told in made.markdown
 
 
-def test_two_protocols_have_two_verdicts():
+def test_two_protocols_have_two_verdicts_two_forests_and_their_own_comparisons():
+    temporal = {"protocol": "temporal"}
     table = metric_table(
         row("sft", (0.06, 0.05, 0.07)),
         popularity(0.045),
-        row("sft", protocol="temporal"),
-        popularity(0.045, protocol="temporal"),
+        row("sft", **temporal),
+        popularity(0.045, **temporal),
     )
-    page = Page(report(table).html)
-    assert "Verdict (user-split)" in page.text
-    assert "Verdict (temporal)" in page.text
-    assert "The LLM exceeds popularity" in page.text
-    assert "The LLM does not reach popularity" in page.text
+    compared = comparisons(
+        pair("sft", POPULAR, 0.015, 0.01, "popularity"),
+        pair("sft", POPULAR, -0.035, 0.01, "popularity", **temporal),
+    )
+    made = report(table, comparisons=compared)
+    text = Page(made.html).text
+    other = text.index("Verdict (user-split)")
+    assert text.index("Verdict (temporal)") < text.index("Shown to be worse than it: sft.") < other
+    assert text.index("Shown to beat popularity, 4.50 %") > other
+    assert set(made.files) == {"figures/forest-user-split.png", "figures/forest-temporal.png"}
+
+
+# ---- comparisons, lists, groups ------------------------------------------------------------------
+
+
+def test_a_comparison_shows_its_interval_both_p_values_and_the_users_it_takes():
+    table = metric_table(row("base"), row("sft"), popularity(0.05))
+    compared = comparisons(
+        pair("sft", "base", 0.0123, 0.002),
+        pair("sft", POPULAR, -0.04, 0.2, "popularity", users_needed=None),
+    )
+    page = Page(report(table, comparisons=compared).html)
+    first, second = (r for r in page.table("Paired differences") if r[0] == "sft")
+    assert first == [
+        *("sft", "base", "+1.23[+0.23, +2.23]", "< 0.001", "0.002", "yes", "100", "40", "785"),
+    ]
+    kinds = {given.get("class") for tag, given in page.elements if tag == "td"}
+    assert "number hit" in kinds and "number worse" not in kinds  # only what is shown stands out
+    assert second[4:] == ["0.200", "no", "100", "40", ""]
+    headings = [r[0] for r in page.table("Paired differences") if len(r) == 1]
+    assert headings == [
+        "Each stage and the one it was trained from",
+        "Each row and popularity",
+    ]
+    assert "1 of 2 differences are shown at the level 0.05" in page.text
+
+
+def test_lists_are_described_and_what_is_not_known_stays_empty():
+    lists = dict.fromkeys(BEYOND_ACCURACY.names) | {
+        "protocol": "user-split", "stage": "sft", "decoding": "free", "information_set": "prompt",
+        "k": 5, "n_windows": 100, "valid": 0.5, "n_films": 40, "coverage": 0.025,
+        "novelty": 3.456, "response_tokens": 40.2, "recommendations_version": "r",
+    }  # fmt: skip
+    page = Page(report(metric_table(row("sft")), beyond_accuracy=beyond(lists)).html)
+    assert page.row("What the lists are like", "sft") == [
+        *("sft", "50", "40", "2.5", "3.46", "", "", "", "", "40", ""),
+    ]
+    assert "sft recommends the least known films" in page.text
+    assert "None of these is better for being larger" in page.text
+
+
+def group(name, ndcg, position, **other):
+    low, high = ndcg - 0.01, ndcg + 0.01
+    return {
+        "protocol": "user-split", "stage": "sft", "decoding": "free", "information_set": "prompt",
+        "grouping": "gender", "group": name, "position": position, "n_users": 50, "hits": 3,
+        "ndcg": ndcg, "ndcg_low": low, "ndcg_high": high, "users_left_out": 7,
+        "user_metrics_version": "m", **other,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("men", "says"), [(0.05, "do not overlap"), (0.03, "overlap: no diff")])
+def test_groups_stand_side_by_side_and_who_is_left_out_is_counted(men, says):
+    table = groups(group("men", men, 1), group("women", 0.02, 0))
+    page = Page(report(metric_table(row("sft")), group_metrics=table).html)
+    assert page.table("By gender")[0] == ["row", "women (50 users)", "men (50 users)"]
+    assert page.row("By gender", "sft")[1] == "2.00[1.00, 3.00]"
+    assert f"“women” and “men”, its furthest groups, {says}" in page.text
+    assert "7 users are in no group shown" in page.text
+    assert "By age: no group has enough users." in Page(
+        report(metric_table(row("sft")), group_metrics=groups(group("men", 0.1, 1))).html
+    ).text.replace("By age: terciles", "")

@@ -10,12 +10,16 @@ import dagster as dg
 import pandas as pd
 import pytest
 
-from llmrec_assets.ground import answers
+from llmrec_assets.ground import answers, evaluation
 from llmrec_assets.ground.completions import parse_response
 from llmrec_assets.ground.errors import DataError
+from llmrec_assets.ground.evaluation import user_metrics as score
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.recipes import Recipe, WindowRecipe, WindowsPerUser, load_recipe
+from llmrec_assets.ground.schemas import RECOMMENDATIONS
 from llmrec_assets.ground.splits import split_users, temporal_split_time
+from llmrec_assets.ground.stages import RECOMMENDATION_TABLES
+from llmrec_assets.ground.tables import conform
 from llmrec_assets.ground.windows import interaction_windows as draw_windows
 from llmrec_assets.orchestration import partitions
 from llmrec_assets.orchestration.assets import prompts as prompts_assets
@@ -296,6 +300,59 @@ def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
     message = failed.step_failure_data.error.message
     assert f"baseline_recommendations is not published, check {check} failed" in message
     assert home.current() == before
+
+
+def scored_on_seen_items(
+    lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame
+) -> pd.DataFrame:
+    """The films of the context pass for the ground truth, and marks of seen films are ignored."""
+    return score(
+        lists.assign(is_seen=False),
+        prompts.assign(ground_truth_movie_ids=prompts["context_movie_ids"]),
+        movies,
+    )
+
+
+def scored_on_another_k(
+    lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame
+) -> pd.DataFrame:
+    return score(lists[lists["rank"] < lists["rank"].max()], prompts, movies)
+
+
+@pytest.mark.parametrize(
+    ("planted", "problem"),
+    [(scored_on_seen_items, "n_ground_truth is 10"), (scored_on_another_k, "precision is")],
+)
+def test_a_planted_fault_of_the_evaluation_is_blocked(
+    copied: tuple[Home, dg.DagsterInstance],
+    monkeypatch: pytest.MonkeyPatch,
+    planted: Callable[..., pd.DataFrame],
+    problem: str,
+) -> None:
+    home, instance = copied
+    before = home.current()
+    monkeypatch.setattr(evaluation, "user_metrics", planted)
+    result = home.materialize(instance, "user_metrics", "comparisons", "metric_table")
+    assert [e.step_key for e in result.all_events if e.is_step_failure] == ["user_metrics"]
+    (check,) = result.get_asset_check_evaluations()
+    assert (check.check_name, check.passed, check.blocking) == ("scores_hold", False, True)
+    assert problem in check.metadata["first"].value
+    assert home.current() == before
+
+
+def test_lists_of_another_length_are_blocked(
+    copied: tuple[Home, dg.DagsterInstance],
+) -> None:
+    """Lists of k - 1 slots score without complaint; only the recipe knows k."""
+    home, instance = copied
+    for asset in RECOMMENDATION_TABLES:
+        frame = home.store.read_table(asset, "sample|tiny").frame
+        shorter = frame[frame["rank"] < frame["rank"].max()]
+        home.store.publish_table(asset, "sample|tiny", conform(shorter, RECOMMENDATIONS, asset))
+    result = home.materialize(instance, "user_metrics")
+    (check,) = result.get_asset_check_evaluations()
+    assert (check.check_name, check.passed) == ("scores_hold", False)
+    assert "has 4 slots, expected the ranks 1 to 5 once each" in check.metadata["first"].value
 
 
 def test_the_checks_pass_again_once_the_leak_is_mended(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -83,6 +84,40 @@ def test_table_prints_the_published_table(two_first_users: tuple[Home, list[str]
     done = home.llmrec("table", "--recipe", "tiny")
     assert done.returncode == 0
     assert done.stdout in outputs[0]
+
+
+def test_evaluate_scores_again_what_has_been_answered_without_a_model(
+    finished: FinishedRun, new_home: Callable[..., Home]
+) -> None:
+    home = new_home(like=finished.home)
+    before = home.current()
+    for stage in ("dpo", "rlhf"):
+        shutil.rmtree(home.location / "tables" / f"{stage}_responses")
+        shutil.rmtree(home.location / "tables" / f"{stage}_recommendations")
+    before_it = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = home.llmrec("evaluate", "--recipe", "tiny")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # its own work, not the wall clock: on a busy machine 5 s of it have taken minutes
+    seconds = used.ru_utime + used.ru_stime - before_it.ru_utime - before_it.ru_stime
+    print(f"llmrec evaluate: {seconds:.0f} s of CPU")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "left out: dpo_responses is missing" in done.stderr
+    lines = done.stdout.splitlines()
+    stages = [line.split()[0] for line in lines if "popularity" in line or "/" in line]
+    assert stages[:4] == ["base", "sft", "popularity", "popularity"]
+    report = lines[-1].removeprefix("report: ")
+    assert Path(report).is_file()
+    after = home.current()
+    kept = ("sft_responses", "sft_recommendations", "baseline_recommendations", "prompts")
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after["metric_table"] != before["metric_table"]
+    assert 0 < seconds < 30  # about 5: no model is loaded
+
+
+def test_evaluate_says_when_there_is_nothing_to_evaluate(new_home: Callable[..., Home]) -> None:
+    done = new_home().llmrec("evaluate", "--recipe", "tiny")
+    assert done.returncode == 1
+    assert "prompts has not been materialized for sample|tiny" in done.stderr.splitlines()[-1]
 
 
 def test_sql_answers_and_names_the_tables_it_knows(

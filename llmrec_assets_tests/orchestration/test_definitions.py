@@ -204,7 +204,31 @@ GRAPH = {
     "user_metrics": (
         "evaluation",
         "dataset|recipe",
-        {"prompts", "movies", *RECOMMENDATIONS},
+        {"prompts", "ratings", "movies", *RECOMMENDATIONS},
+        None,
+        "table_io",
+        {"scores_hold"},
+    ),
+    "comparisons": (
+        "evaluation",
+        "dataset|recipe",
+        {"prompts", "user_metrics"},
+        None,
+        "table_io",
+        set(),
+    ),
+    "group_metrics": (
+        "evaluation",
+        "dataset|recipe",
+        {"interaction_windows", "user_splits", "users", "user_metrics", *GROUNDED},
+        None,
+        "table_io",
+        set(),
+    ),
+    "beyond_accuracy": (
+        "evaluation",
+        "dataset|recipe",
+        {"user_splits", *GROUNDED, *RECOMMENDATIONS},
         None,
         "table_io",
         set(),
@@ -212,7 +236,7 @@ GRAPH = {
     "metric_table": (
         "evaluation",
         "dataset|recipe",
-        {"prompts", "user_metrics"},
+        {"prompts", "user_metrics", "comparisons"},
         None,
         "table_io",
         set(),
@@ -247,6 +271,9 @@ GRAPH = {
         {
             "prompts",
             "metric_table",
+            "comparisons",
+            "beyond_accuracy",
+            "group_metrics",
             "sample_recommendations",
             "preference_pairs",
             "sft_checkpoint",
@@ -353,13 +380,27 @@ def test_the_supervised_job_stops_where_the_paper_stops_on_ml_1m() -> None:
 
 def test_titles_reach_models_and_lists_through_the_catalogue_alone(graph: dg.AssetGraph) -> None:
     """Whoever read `movies` past it would show real titles under an anonymised recipe.
-    `interaction_windows` and `user_metrics` read ids, `prompts` holds its text against them."""
+    `prompts` holds its text against them; the others named here read ids, years and genres."""
     readers = {
         node.key.to_user_string()
         for node in graph.asset_nodes
         if dg.AssetKey("movies") in node.parent_keys
     }
-    assert readers == {"ratings", "interaction_windows", "catalogue", "prompts", "user_metrics"}
+    assert readers == {
+        *("ratings", "interaction_windows", "catalogue", "prompts", "user_metrics"),
+        *("beyond_accuracy", "group_metrics", "leave_last_out"),
+    }
+
+
+def test_the_evaluation_job_needs_no_model_and_refits_nothing() -> None:
+    keys = build_defs().resolve_job_def("evaluation").asset_layer.executable_asset_keys
+    names = {key.to_user_string() for key in keys}
+    evaluated = {name for name, entry in GRAPH.items() if entry[0] == "evaluation"}
+    assert names == {
+        *(evaluated - {"memorisation", "leave_last_out"}),
+        *(f"{stage}_recommendations" for stage in STAGES),
+    }
+    assert not {name for name in names if GRAPH[name][3] == GPU_POOL}
 
 
 def test_the_settings_give_the_gpu_pool_one_place() -> None:

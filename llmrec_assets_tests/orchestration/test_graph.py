@@ -30,6 +30,7 @@ CHECKS = {
     ("preference_pairs", "pairs_keep_the_split"),
     ("baseline_recommendations", "keeps_the_contract"),
     ("baseline_recommendations", "fitted_on_training_users_only"),
+    ("user_metrics", "scores_hold"),
     *((asset, "trained_on_training_users_only") for asset in TRAININGS),
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "answers_of_the_current_checkpoint") for stage in STAGES),
@@ -103,6 +104,7 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert rows["base_recommendations"] == 5 * rows["base_responses"]
     assert rows["baseline_recommendations"] == 13 * 5 * rows["base_responses"]
     assert rows["user_metrics"] == (4 + 13) * rows["base_responses"]
+    assert rows["beyond_accuracy"] == rows["metric_table"] == 4 + 13
 
 
 def test_leave_last_out_ranks_the_last_film_of_every_user(events, finished: FinishedRun) -> None:
@@ -117,6 +119,27 @@ def test_leave_last_out_ranks_the_last_film_of_every_user(events, finished: Fini
     assert (at_10["hr_low"] > 10 / 260).all()  # better than chance
     for name in ("popularity", "item-knn", "ease"):
         assert 0 <= metadata(events["leave_last_out"], f"seconds_{name}") < 60
+
+
+def test_comparisons_and_groups_stand_on_the_same_users(finished: FinishedRun) -> None:
+    store = finished.home.store
+    table = store.read_table("metric_table", PARTITION).frame
+    compared = store.read_table("comparisons", PARTITION).frame
+    assert set(compared["n_users"]) == set(table["n_users"])
+    assert compared["reason"].value_counts().to_dict() == {
+        "predecessor": 3,
+        "best classical": 4,  # each LLM stage; the only classical row of a set is its own best
+        "popularity": 8,
+    }
+    before = compared[compared["reason"] == "predecessor"].set_index("stage")
+    mine = table[table["versus"].notna()].set_index("stage")
+    assert mine["ndcg_difference_p"].to_dict() == before["p"].to_dict()
+    assert mine["ndcg_difference_p_holm"].to_dict() == before["p_holm"].to_dict()
+    groups = store.read_table("group_metrics", PARTITION).frame
+    for _, part in groups.groupby(["stage", "information_set", "grouping"]):
+        told = part["n_users"].sum() + part["users_left_out"].iloc[0]
+        assert told == table["n_users"].iloc[0]
+    assert set(groups["grouping"]) == {"age", "gender", "activity", "ground truth popularity"}
 
 
 def test_the_metric_table_compares_all_stages_on_the_same_users(finished: FinishedRun) -> None:
@@ -282,6 +305,9 @@ def test_stages_that_answer_other_prompts_are_left_out_of_the_table(
 
     assert home.materialize(instance, "baseline_recommendations").success
     result = home.materialize(instance, "user_metrics", "metric_table")
+    assert not result.success  # p-values of other metrics
+    assert "comparisons is stale: its user_metrics_version is" in failure(result)
+    result = home.materialize(instance, "user_metrics", "comparisons", "metric_table")
     assert result.success
     left_out = metadata(result.asset_materializations_for_node("user_metrics")[0], "left_out")
     assert [line.split(" is ")[0] for line in left_out] == [

@@ -1,4 +1,5 @@
-"""Group ``evaluation``: metrics per user, the metric table, a user's lists, the report."""
+"""Group ``evaluation``: metrics per user, the metric table, comparisons, what lists are like,
+groups of users, a user's lists, the report."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +7,12 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground import evaluation, recommendations
-from llmrec_assets.ground.report import markdown_table, readable
+from llmrec_assets.ground import beyond, evaluation, recommendations
+from llmrec_assets.ground import comparisons as compare
+from llmrec_assets.ground.groups import group_metrics as by_group
+from llmrec_assets.ground.groups import user_groups
+from llmrec_assets.ground.recommendations import evaluated_prompts
+from llmrec_assets.ground.report import markdown_table, readable, readable_pairs
 from llmrec_assets.ground.report_inputs import (
     TRAININGS,
     report_inputs,
@@ -15,11 +20,14 @@ from llmrec_assets.ground.report_inputs import (
     write_report,
 )
 from llmrec_assets.ground.report_page import build_report
+from llmrec_assets.ground.score_checks import score_problems
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
+    answers_behind,
     current_stages,
     missing_stages,
     require_current,
+    require_made_from,
 )
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import (
@@ -33,35 +41,137 @@ from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
     TableResult,
+    checked_table_result,
     checkpoint_result,
     table_result,
 )
 
 GROUP = "evaluation"
 
+SCORES_HOLD = "scores_hold"
+_MADE_FROM = "user_metrics_version"
+
 
 @dg.asset(
     **table_options("user_metrics", GROUP),
     partitions_def=run_partitions,
     deps=RECOMMENDATION_TABLES,
+    check_specs=[
+        dg.AssetCheckSpec(
+            SCORES_HOLD,
+            asset="user_metrics",
+            blocking=True,
+            description="Counted again from the raw ratings: no counted hit was rated by the "
+            "cut-off, every list has the recipe's k slots, hits, NDCG, Precision and Recall agree.",
+        )
+    ],
 )
 def user_metrics(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
     movies: pd.DataFrame,
-) -> TableResult:
+) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
     stages = current_stages(storage.store(), context.partition_key, prompts.version)
     for line in stages.left_out:
         context.log.warning(line)
-    protocol = recipe_of(context).windows.protocol
-    frame = evaluation.user_metrics(stages.recommendations, prompts.frame, movies, protocol)
-    return table_result(
+    recipe = recipe_of(context)
+    frame = evaluation.user_metrics(
+        stages.recommendations, prompts.frame, movies, recipe.windows.protocol
+    )
+    problems = score_problems(
+        frame,
+        stages.recommendations,
+        prompts.frame,
+        ratings,
+        movies,
+        recipe.windows.top_k,
+    )
+    yield from checked_table_result(
         "user_metrics",
         frame,
+        {SCORES_HOLD: problems},
         {"stages": sorted(set(frame["stage"])), "left_out": stages.left_out or "nothing"},
     )
+
+
+@dg.asset(**table_options("comparisons", GROUP), partitions_def=run_partitions)
+def comparisons(
+    context: dg.AssetExecutionContext,
+    config: RunConfig,
+    storage: StoreResource,
+    prompts: StoredTable,
+    user_metrics: StoredTable,
+) -> TableResult:
+    """Paired differences between rows: interval, sign-flip p-value, Holm's correction, power."""
+    recipe = recipe_of(context)
+    require_current(
+        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
+    )
+    frame = compare.comparisons(
+        user_metrics.frame, recipe.evaluation, config.seed_of(recipe), user_metrics.version
+    )
+    return table_result(
+        "comparisons", frame, {"table": dg.MetadataValue.md(markdown_table(readable_pairs(frame)))}
+    )
+
+
+@dg.asset(**table_options("group_metrics", GROUP), partitions_def=run_partitions)
+def group_metrics(
+    context: dg.AssetExecutionContext,
+    config: RunConfig,
+    prompts: StoredTable,
+    interaction_windows: pd.DataFrame,
+    user_splits: pd.DataFrame,
+    users: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    user_metrics: StoredTable,
+) -> TableResult:
+    """NDCG by age, gender, activity and popularity of the ground truth, for every row."""
+    recipe = recipe_of(context)
+    asked = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
+    groups = user_groups(asked, interaction_windows, users, ratings, user_splits, movies)
+    frame = by_group(
+        user_metrics.frame,
+        groups,
+        recipe.evaluation,
+        config.seed_of(recipe),
+        user_metrics.version,
+    )
+    left_out = frame.groupby("grouping")["users_left_out"].max().to_dict()
+    return table_result("group_metrics", frame, {"users_left_out": left_out})
+
+
+@dg.asset(
+    **table_options("beyond_accuracy", GROUP),
+    partitions_def=run_partitions,
+    deps=RECOMMENDATION_TABLES,
+)
+def beyond_accuracy(
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    prompts: StoredTable,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+) -> TableResult:
+    """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
+    recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
+    lists = current_stages(store, partition, prompts.version).recommendations
+    frame = beyond.beyond_accuracy(
+        lists,
+        prompts.frame,
+        ratings,
+        user_splits,
+        movies,
+        answers_behind(store, partition, lists),
+        liked_min=recipe.windows.liked_min,
+        protocol=recipe.windows.protocol,
+    )
+    return table_result("beyond_accuracy", frame, {"rows": len(frame)})
 
 
 @dg.asset(**table_options("metric_table", GROUP), partitions_def=run_partitions)
@@ -70,15 +180,21 @@ def metric_table(
     config: RunConfig,
     storage: StoreResource,
     prompts: StoredTable,
-    user_metrics: pd.DataFrame,
+    user_metrics: StoredTable,
+    comparisons: pd.DataFrame,
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
     recipe = recipe_of(context)
     require_current(
-        user_metrics, "user_metrics", storage.store(), context.partition_key, prompts.version
+        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
     )
+    require_made_from(comparisons, "comparisons", _MADE_FROM, {user_metrics.version})
     frame = evaluation.metric_table(
-        user_metrics, recipe.evaluation, seed=config.seed_of(recipe), top_k=recipe.windows.top_k
+        user_metrics.frame,
+        recipe.evaluation,
+        seed=config.seed_of(recipe),
+        top_k=recipe.windows.top_k,
+        comparisons=comparisons,
     )
     return table_result(
         "metric_table",
@@ -88,7 +204,9 @@ def metric_table(
             "missing_or_stale_stages": missing_stages(frame) or "none",
             "base_model": recipe.base_model.label,
             **{
-                f"ndcg_{row['stage']}_{row['information_set']}": float(row["ndcg"])
+                f"ndcg_{row['stage']}_{row['decoding']}_{row['information_set']}": float(
+                    row["ndcg"]
+                )
                 for row in frame.to_dict("records")
             },
         },
@@ -161,14 +279,25 @@ def report(
     storage: StoreResource,
     prompts: StoredTable,
     metric_table: StoredTable,
+    comparisons: StoredTable,
+    beyond_accuracy: StoredTable,
+    group_metrics: StoredTable,
     sample_recommendations: StoredTable,
 ) -> CheckedResult:
     """The paper's tables beside ours, one user's lists and the curves, as Markdown and HTML."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
     require_current(metric_table.frame, "metric_table", store, partition, prompts.version)
+    scored = {str(store.current("user_metrics", partition, kind="tables"))}
+    require_made_from(comparisons.frame, "comparisons", _MADE_FROM, scored)
+    require_made_from(group_metrics.frame, "group_metrics", _MADE_FROM, scored)
+    lists = set(metric_table.frame["recommendations_version"])
+    require_made_from(beyond_accuracy.frame, "beyond_accuracy", "recommendations_version", lists)
     made = report_inputs(store, partition, prompts.version)
     determinants = {
         "metric_table": metric_table.version,
+        "comparisons": comparisons.version,
+        "beyond_accuracy": beyond_accuracy.version,
+        "group_metrics": group_metrics.version,
         "sample_recommendations": sample_recommendations.version,
         **made.versions,
         "code": CODE_VERSION,
@@ -180,6 +309,10 @@ def report(
             recipe_name=recipe.name,
             base_model=recipe.base_model.label,
             metric_table=metric_table.frame,
+            comparisons=comparisons.frame,
+            beyond_accuracy=beyond_accuracy.frame,
+            group_metrics=group_metrics.frame,
+            confidence=recipe.evaluation.confidence,
             sample_recommendations=sample_recommendations.frame,
             facts=made.facts,
             curves=made.curves(),
