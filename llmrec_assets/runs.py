@@ -114,7 +114,7 @@ def evaluate_partition(
         dg.AssetKey(f"{stage}_recommendations") for stage in STAGE_ORDER if stage not in stages
     }
     keys = defs.resolve_job_def("evaluation").asset_layer.executable_asset_keys
-    selection = sorted(keys - silent)
+    selection = sorted(set(keys) - silent)
     return _run(defs, "evaluation", partition, instance, seed=seed, selection=selection)
 
 

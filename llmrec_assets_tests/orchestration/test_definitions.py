@@ -220,7 +220,15 @@ GRAPH = {
     "group_metrics": (
         "evaluation",
         "dataset|recipe",
-        {"interaction_windows", "user_splits", "users", "user_metrics", *GROUNDED},
+        {
+            "prompts",
+            "interaction_windows",
+            "user_splits",
+            "users",
+            "ratings",
+            "movies",
+            "user_metrics",
+        },
         None,
         "table_io",
         set(),
@@ -228,7 +236,7 @@ GRAPH = {
     "beyond_accuracy": (
         "evaluation",
         "dataset|recipe",
-        {"user_splits", *GROUNDED, *RECOMMENDATIONS},
+        {"prompts", "user_splits", "ratings", "movies", *RECOMMENDATIONS},
         None,
         "table_io",
         set(),
