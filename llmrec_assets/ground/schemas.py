@@ -102,10 +102,20 @@ PROMPTS = _schema(
 RESPONSES = _schema(
     *_WINDOW_KEY,
     ("stage", pa.string(), False, "model stage that answered: 'base', 'sft', …"),
-    ("decoding", pa.string(), False, "'free': unconstrained text"),
+    (
+        "decoding",
+        pa.string(),
+        False,
+        "'free' text, a 'constrained' list, or the 'ranked' titles, rendered",
+    ),
     ("response", pa.string(), False, "raw text, as generated"),
     ("n_prompt_tokens", pa.int32(), False, "tokens of the rendered prompt"),
-    ("n_response_tokens", pa.int32(), False, "tokens generated, end of text not counted"),
+    (
+        "n_response_tokens",
+        pa.int32(),
+        False,
+        "tokens generated, end of text not counted; ranked: tokens of titles read",
+    ),
     ("finished", pa.bool_(), False, "ended by itself rather than by max_new_tokens"),
     ("checkpoint_version", pa.string(), False, "version of the checkpoint that answered"),
     ("prompts_version", pa.string(), False, "version of the prompts it answered"),
@@ -145,7 +155,7 @@ PREFERENCE_PAIRS = _schema(
 RECOMMENDATIONS = _schema(
     *_WINDOW_KEY,
     ("stage", pa.string(), False, "model stage or classical recommender"),
-    ("decoding", pa.string(), False, "'free', or 'ranking' for classical recommenders"),
+    ("decoding", pa.string(), False, "that of the response, or 'ranking' for classical lists"),
     ("information_set", pa.string(), False, "what the recommender saw: 'prompt' or 'history'"),
     ("rank", pa.int16(), False, "slot 1 … top_k; every window has exactly top_k slots"),
     ("text", pa.string(), True, "the item as parsed from the response; NULL: nothing there"),

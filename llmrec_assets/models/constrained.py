@@ -146,8 +146,8 @@ class CatalogueLogitsProcessor(LogitsProcessor):
     ``num_return_sequences``.
 
     A row's state follows from its own tokens, since beams change places. ``max_new_tokens`` must be
-    at least ``CatalogueTries.max_tokens``. A beam that ``generate`` fills with a forbidden token (it
-    does, at probability zero, where beams outnumber what may follow) stays at probability zero.
+    at least ``CatalogueTries.max_tokens``. Where beams outnumber what may follow, ``generate``
+    fills the others with forbidden tokens at probability zero; they stay at zero.
     """
 
     def __init__(self, grammar: ListGrammar, starts: Sequence[ListState]) -> None:

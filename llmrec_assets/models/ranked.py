@@ -78,8 +78,10 @@ def rank_titles(
         raise ValueError(f"{beams} beams cannot give lists of {tries.k} titles")
     for name, open_ in zip(names, open_titles, strict=True):
         require_films(tries, name, open_)
+    if not prompts:
+        return []
     searches = [_Search(tries, open_, beams) for open_ in open_titles]
-    width = max(map(len, prompts), default=0)
+    width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = np.array([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
     lengths = mask.sum(axis=1)
@@ -149,7 +151,9 @@ def _score(
         logits: [rows, hypotheses, vocabulary] of the tokens read last.
     """
     asked = [search.expand() for search in searches]
-    rows = np.concatenate([parents + row * logits.shape[1] for row, (parents, _) in enumerate(asked)])
+    rows = np.concatenate(
+        [parents + row * logits.shape[1] for row, (parents, _) in enumerate(asked)]
+    )
     tokens = np.concatenate([t for _, t in asked])
     flat = logits.reshape(-1, logits.shape[-1])
     found = flat[

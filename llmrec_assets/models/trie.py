@@ -25,9 +25,9 @@ from llmrec_assets.ground.completions import render_completion
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.chat import TEMPLATE_VARIABLES, completion_ids, render_prompt
 
-#: Where an item may end and the next begin, tried in turn. With byte-level BPE a space opens the
-#: next token; other tokenizers may put it elsewhere.
-_BORDERS = (('",', ' "'), ('", ', '"'))
+#: Characters behind an item's closing quote at which one item ends and the next begins, tried in
+#: turn: after the comma (byte-level BPE: the space opens the next token), or after the space.
+_BORDERS = (1, 2)
 _PLACEHOLDER = "q"
 
 
@@ -161,14 +161,14 @@ def _items(
     _require_as_trained(tokenizer, lists[0], encoded["input_ids"][0])
     place_of = [0] + [1] * (k - 2) + [min(k, 3) - 1] * (k > 1)
     problem = ""
-    for end, begin in _BORDERS:
+    for cut in _BORDERS:
         places: list[dict[int, tuple[tuple[int, ...], str]]] = [{} for _ in range(min(k, 3))]
         problem = ""
         for row, items in enumerate(lists):
             cuts, position = [], len(before) + 1
             for item in items[:-1]:
                 position += len(render_completion([item])) - 2  # with its quotes
-                cuts.append(position + len(end) - 1)
+                cuts.append(position + cut)
                 position += len(", ")
             parts = _split(encoded["input_ids"][row], encoded["offset_mapping"][row], cuts)
             if parts is None:
@@ -255,5 +255,12 @@ def _trie(paths: Sequence[tuple[int, ...]], titles: Sequence[str]) -> Trie:
                 position = upto
         start.append(len(token))
         node += 1
-    arrays = [np.array(values, dtype=np.int64) for values in (start, token, child, low, high)]
-    return Trie(*arrays, leaves=np.array(order, dtype=np.int64), depth=max(map(len, paths)))
+    return Trie(
+        start=np.array(start, dtype=np.int64),
+        token=np.array(token, dtype=np.int64),
+        child=np.array(child, dtype=np.int64),
+        low=np.array(low, dtype=np.int64),
+        high=np.array(high, dtype=np.int64),
+        leaves=np.array(order, dtype=np.int64),
+        depth=max(map(len, paths)),
+    )

@@ -123,7 +123,7 @@ GRAPH = {
     "base_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model"},
+        {*GROUNDED, "base_model"},
         "gpu",
         "table_io",
         {OWN},
@@ -131,7 +131,7 @@ GRAPH = {
     "sft_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model", "sft_checkpoint"},
+        {*GROUNDED, "base_model", "sft_checkpoint"},
         "gpu",
         "table_io",
         {OWN},
@@ -139,7 +139,7 @@ GRAPH = {
     "dpo_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model", "sft_checkpoint", "dpo_checkpoint"},
+        {*GROUNDED, "base_model", "sft_checkpoint", "dpo_checkpoint"},
         "gpu",
         "table_io",
         {OWN},
@@ -147,7 +147,7 @@ GRAPH = {
     "rlhf_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model", "sft_checkpoint", "rlhf_checkpoint"},
+        {*GROUNDED, "base_model", "sft_checkpoint", "rlhf_checkpoint"},
         "gpu",
         "table_io",
         {OWN},

@@ -93,29 +93,38 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert (rows["ratings"], rows["movies"], rows["users"]) == (24_876, 260, 500)
     assert rows["user_splits"] == 500
     assert rows["prompts"] == rows["interaction_windows"] <= 500
-    assert rows["base_responses"] == rows["sft_responses"]
-    assert rows["base_recommendations"] == 5 * rows["base_responses"]
-    assert rows["baseline_recommendations"] == 2 * 5 * rows["base_responses"]
-    assert rows["user_metrics"] == 6 * rows["base_responses"]
+    # a row per test window and decoding: free, constrained, ranked
+    windows, of_stage = rows["base_responses"] // 3, rows["base_responses"]
+    assert rows["sft_responses"] == of_stage == 3 * windows
+    assert rows["base_recommendations"] == 5 * of_stage
+    assert rows["baseline_recommendations"] == 2 * 5 * windows
+    assert rows["user_metrics"] == 4 * of_stage + 2 * windows
 
 
 def test_the_metric_table_compares_all_stages_on_the_same_users(finished: FinishedRun) -> None:
     store = finished.home.store
     table = store.read_table("metric_table", PARTITION).frame
-    assert list(zip(table["stage"], table["information_set"], strict=True)) == [
-        ("base", "prompt"),
-        ("sft", "prompt"),
-        ("dpo", "prompt"),
-        ("rlhf", "prompt"),
-        ("popularity", "history"),
-        ("popularity", "prompt"),
+    rows = zip(table["stage"], table["decoding"], table["information_set"], strict=True)
+    assert list(rows) == [
+        *(
+            (stage, decoding, "prompt")
+            for stage in STAGES
+            for decoding in ("constrained", "free", "ranked")
+        ),
+        ("popularity", "ranking", "history"),
+        ("popularity", "ranking", "prompt"),
     ]
     assert table["n_users"].nunique() == 1 and table["n_users"].iloc[0] >= 60
     prompts = store.read_table("prompts", PARTITION)
     test_users = prompts.frame.loc[prompts.frame["split"] == "test", "user_id"].nunique()
     assert table["n_users"].iloc[0] == test_users
     assert set(table["prompts_version"]) == {prompts.version}
-    assert table["versus"].isna().tolist() == [True, False, False, False, True, True]
+    assert table["versus"].isna().tolist() == [True] * 3 + [False] * 9 + [True, True]
+    # what is decoded over the catalogue is valid in every slot, from whatever model
+    valid = table[table["decoding"].isin(["constrained", "ranked"])]
+    assert len(valid) == 8
+    assert (valid[["parsable", "in_catalogue"]] == 1).all(axis=None)
+    assert (valid[["duplicate", "seen"]] == 0).all(axis=None)
     assert table["ndcg"].between(table["ndcg_low"], table["ndcg_high"]).all()
     # an untrained model hits next to nothing, a ranking by popularity does not
     popularity = table[table["stage"] == "popularity"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground.answers import ground_responses, validity
+from llmrec_assets.ground.answers import answer_versions, ground_responses, validity
 from llmrec_assets.ground.baselines import popularity_recommendations
 from llmrec_assets.ground.recommendations import evaluated_prompts, seen_sets
 from llmrec_assets.ground.stages import (
@@ -13,7 +13,7 @@ from llmrec_assets.ground.stages import (
     checkpoint_problems,
     response_problems,
 )
-from llmrec_assets.ground.store import StoredTable, checkpoint_version
+from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
 from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
@@ -47,6 +47,8 @@ def _answer(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     stage: str,
     base_model: Path,
     *adapters: Path,
@@ -66,20 +68,18 @@ def _answer(
     with gpu.lease(context.log, f"{stage}_responses {partition}") as device:
         answers = answer_test_prompts(
             prompts.frame,
+            ratings,
+            movies,
             base_model,
             adapters,
             recipe.generation,
             stage=stage,
             prompts_version=prompts.version,
-            answer_version=checkpoint_version(
-                "responses",
-                {
-                    "generation": recipe.generation.model_dump(),
-                    "seed": config.seed_of(recipe),
-                    "code": CODE_VERSION,
-                },
+            answer_versions=answer_versions(
+                recipe.generation, config.seed_of(recipe), CODE_VERSION
             ),
             max_users=recipe.evaluation.max_test_users,
+            top_k=recipe.windows.top_k,
             seed=config.seed_of(recipe),
             device=device,
             progress=report_progress(context),
@@ -98,10 +98,12 @@ def base_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     base_model: Path,
 ) -> CheckedResult:
     """What the base model answers to the test prompts, raw."""
-    yield from _answer(context, config, gpu, prompts, "base", base_model)
+    yield from _answer(context, config, gpu, prompts, ratings, movies, "base", base_model)
 
 
 @dg.asset(
@@ -115,11 +117,15 @@ def sft_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
     """What the fine-tuned model answers to the test prompts, raw."""
-    yield from _answer(context, config, gpu, prompts, "sft", base_model, sft_checkpoint)
+    yield from _answer(
+        context, config, gpu, prompts, ratings, movies, "sft", base_model, sft_checkpoint
+    )
 
 
 @dg.asset(
@@ -133,13 +139,24 @@ def dpo_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     dpo_checkpoint: Path,
 ) -> CheckedResult:
     """What the model after DPO answers to the test prompts, raw."""
     yield from _answer(
-        context, config, gpu, prompts, "dpo", base_model, sft_checkpoint, dpo_checkpoint
+        context,
+        config,
+        gpu,
+        prompts,
+        ratings,
+        movies,
+        "dpo",
+        base_model,
+        sft_checkpoint,
+        dpo_checkpoint,
     )
 
 
@@ -154,13 +171,24 @@ def rlhf_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     rlhf_checkpoint: Path,
 ) -> CheckedResult:
     """What the model after RLHF answers to the test prompts, raw."""
     yield from _answer(
-        context, config, gpu, prompts, "rlhf", base_model, sft_checkpoint, rlhf_checkpoint
+        context,
+        config,
+        gpu,
+        prompts,
+        ratings,
+        movies,
+        "rlhf",
+        base_model,
+        sft_checkpoint,
+        rlhf_checkpoint,
     )
 
 
