@@ -1,7 +1,8 @@
 """Raw answers to slots: parsing, grounding and the seen sets, put together.
 
-What belongs here: the one call that turns a ``*_responses`` table into ``*_recommendations``, and
-its validity counts. What does not: the parts (``completions``, ``grounding``, ``recommendations``).
+What belongs here: the one call that turns a ``*_responses`` table into ``*_recommendations``, its
+validity counts, and the versions that tell which answers were decoded alike. What does not: the
+parts (``completions``, ``grounding``, ``recommendations``).
 """
 
 from __future__ import annotations
@@ -12,12 +13,30 @@ import pandas as pd
 
 from llmrec_assets.ground.completions import parse_response, render_completion
 from llmrec_assets.ground.grounding import Catalogue, Grounder
-from llmrec_assets.ground.recipes import GroundingRecipe
+from llmrec_assets.ground.recipes import GenerationRecipe, GroundingRecipe
 from llmrec_assets.ground.recommendations import seen_sets, slots
+from llmrec_assets.ground.recommender import contract_problems
 from llmrec_assets.ground.store import checkpoint_version
 
 #: Titles in one answer of the check: as in the paper's, so that one title can spoil another.
 _TITLES_PER_ANSWER = 5
+
+
+def answer_versions(recipe: GenerationRecipe, seed: int, code: str) -> dict[str, str]:
+    """Per decoding the version of how it answers; a stage's rows compare where it is equal.
+
+    A decoding's version does not change with the settings of another one. Rankings draw nothing,
+    so theirs does not change with the seed either.
+    """
+    versions: dict[str, str] = {}
+    for name in recipe.decodings:
+        determinants: dict[str, object] = {"generation": recipe.settings(name), "code": code}
+        if name != "ranked":
+            determinants["seed"] = seed
+        if name != "free":
+            determinants["decoding"] = name
+        versions[name] = checkpoint_version("responses", determinants)
+    return versions
 
 
 def ground_responses(
@@ -77,6 +96,26 @@ def parsing_problems(movies: pd.DataFrame, recipe: GroundingRecipe) -> list[str]
             if film != got
         ]
     return problems
+
+
+def constrained_problems(
+    recommendations: pd.DataFrame,
+    windows: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    top_k: int,
+) -> list[str]:
+    """Where lists decoded over the catalogue break the contract of ``recommender``.
+
+    Free text promises nothing: its repeated, seen and invented items are counted instead.
+
+    Args:
+        recommendations: ``RECOMMENDATIONS`` of one stage.
+        windows: the ``PROMPTS`` that were answered.
+    """
+    rows = recommendations[recommendations["decoding"] != "free"]
+    seen = seen_sets(windows, ratings, movies[["movie_id", "canonical_movie_id"]])
+    return contract_problems(rows, seen, set(movies["canonical_movie_id"].tolist()), top_k)
 
 
 def validity(recommendations: pd.DataFrame) -> dict[str, float | int]:

@@ -272,9 +272,21 @@ class RlhfRecipe(Section):
         return self
 
 
-class GenerationRecipe(Section):
-    """How responses to the test prompts are generated; always passed in full to ``generate``."""
+DecodingName = Literal["free", "constrained", "ranked"]
 
+
+class GenerationRecipe(Section):
+    """How responses to the test prompts are generated; always passed in full to ``generate``.
+
+    ``decodings``: ``free`` text (the paper's); ``constrained``, a list of distinct unseen titles
+    drawn under a mask; ``ranked``, the most probable unseen titles by a search of ``beams`` beams.
+    Each is rows of its own in the metric table. ``candidates: ease`` would rank within EASE's list,
+    a hybrid; it is not wired to EASE yet.
+    """
+
+    decodings: Annotated[tuple[DecodingName, ...], Field(min_length=1)] = ("free",)
+    beams: Count = 40
+    candidates: Literal["none", "ease"] = "none"
     max_new_tokens: Count = 128
     batch_size: Count = 16
     do_sample: bool = False
@@ -282,6 +294,26 @@ class GenerationRecipe(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _decodings_are_offered(self) -> GenerationRecipe:
+        if len(set(self.decodings)) != len(self.decodings):
+            raise ValueError(f"decodings {', '.join(self.decodings)} name one twice")
+        if self.candidates != "none":
+            raise ValueError(
+                "candidates: ease is not offered yet: models.answers.answer_test_prompts takes "
+                "candidate lists, the graph does not hand it EASE's; use candidates: none"
+            )
+        return self
+
+    def settings(self, decoding: DecodingName) -> dict[str, object]:
+        """The values that one decoding's answers depend on."""
+        unused = {
+            "free": {"beams", "candidates"},
+            "constrained": {"beams", "candidates", "max_new_tokens"},
+            "ranked": {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p"},
+        }
+        return self.model_dump(exclude={"decodings"} | unused[decoding])
 
 
 class GroundingRecipe(Section):
@@ -419,6 +451,15 @@ class Recipe(Section):
     evaluation: EvaluationRecipe = EvaluationRecipe()
     probes: ProbeRecipe = ProbeRecipe()
     leave_last_out: LeaveLastOutRecipe = LeaveLastOutRecipe()
+
+    @model_validator(mode="after")
+    def _beams_fill_the_list(self) -> Recipe:
+        if "ranked" in self.generation.decodings and self.generation.beams < self.windows.top_k:
+            raise ValueError(
+                f"generation.beams {self.generation.beams} cannot fill lists of windows.top_k "
+                f"{self.windows.top_k}"
+            )
+        return self
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,19 +7,20 @@ generated (``generation``) and how it is read (``ground``).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from llmrec_assets.ground.recipes import GenerationRecipe
-from llmrec_assets.ground.recommendations import evaluated_prompts
+from llmrec_assets.ground.recipes import DecodingName, GenerationRecipe
+from llmrec_assets.ground.recommendations import WINDOW_KEY, evaluated_prompts, seen_sets
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
-from llmrec_assets.models.generation import generate_responses
+from llmrec_assets.models.generation import Lists, Response, generate_responses, ranked_responses
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.progress import Progress, silent
+from llmrec_assets.models.trie import catalogue_tries
 
 
 @dataclass(frozen=True)
@@ -30,62 +31,121 @@ class Answers:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Films that another recommender, ``name``, puts forward: canonical ids by (user, window)."""
+
+    name: str
+    films: Mapping[tuple[int, int], frozenset[int]]
+
+
 def answer_test_prompts(
     prompts: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     base_dir: Path,
     adapters: Sequence[Path],
     recipe: GenerationRecipe,
     *,
     stage: str,
     prompts_version: str,
-    answer_version: str,
+    answer_versions: Mapping[str, str],
     max_users: int | None,
+    top_k: int,
     seed: int,
     device: Device,
+    candidates: Candidates | None = None,
     progress: Progress = silent,
 ) -> Answers:
-    """Answers every test prompt, or those of the first ``max_users`` test users by id.
+    """Answers every test prompt, or those of the first ``max_users`` test users by id, once by each
+    of the recipe's decodings.
+
+    ``constrained`` and ``ranked`` leave out every film rated by the window's cut-off, as a deployed
+    catalogue filter would; the prompt is the same.
 
     Args:
         prompts: rows of ``schemas.PROMPTS``; only ``split == "test"`` is asked.
+        ratings: ``RATINGS``, and ``movies``: ``MOVIES``, for that filter and the titles.
         adapters: the stage's adapters in the order they are merged; the last one names the
             stage. None: the base model itself.
+        answer_versions: by decoding (``ground.answers.answer_versions``).
+        top_k: titles of a list.
+        candidates: ``ranked`` ranks only these; the decoding is then named for the hybrid it is,
+            ``ranked-<name>``.
+
+    Raises:
+        ModelError: the tokenizer's lists cannot be constrained, or a window has too few films.
+        KeyError: ``candidates`` lacks a window.
     """
     test = evaluated_prompts(prompts, max_users)
+    keys = list(zip(*(test[name].tolist() for name in WINDOW_KEY), strict=True))
     started = time.monotonic()
     model, tokenizer = load_policy(
         base_dir, adapters, dtype=usable_dtype(device, recipe.dtype), device=device.torch
     )
-    responses = generate_responses(
-        model,
-        tokenizer,
-        test["prompt"].tolist(),
-        recipe,
-        seed=seed,
-        keys=list(zip(test["user_id"], test["window_index"], strict=True)),
-        what=f"{stage} responses",
-        progress=progress,
-    )
-    seconds = time.monotonic() - started
-    frame = test[["user_id", "window_index"]].reset_index(drop=True)
-    frame["stage"] = stage
-    frame["decoding"] = "free"
-    frame["response"] = [r.text for r in responses]
-    frame["n_prompt_tokens"] = [r.n_prompt_tokens for r in responses]
-    frame["n_response_tokens"] = [r.n_response_tokens for r in responses]
-    frame["finished"] = [r.finished for r in responses]
-    frame["checkpoint_version"] = [base_dir, *adapters][-1].name
-    frame["prompts_version"] = prompts_version
-    frame["answer_version"] = answer_version
-    n_tokens = int(frame["n_response_tokens"].sum())
+    constrained = set(recipe.decodings) - {"free"}
+    tries = catalogue_tries(tokenizer, movies, top_k) if constrained else None
+    seen = seen_sets(test, ratings, movies) if constrained else {}
+
+    def lists(films: Mapping[tuple[int, int], frozenset[int]] | None = None) -> Lists:
+        assert tries is not None
+        return Lists(
+            tries,
+            [f"user {user}, window {window}" for user, window in keys],
+            [tries.open_titles(seen[key], None if films is None else films[key]) for key in keys],
+        )
+
+    def answers(decoding: DecodingName) -> list[Response]:
+        what = f"{stage} responses, {decoding}"
+        asked = test["prompt"].tolist()
+        if decoding == "ranked":
+            open_lists = lists(None if candidates is None else candidates.films)
+            return ranked_responses(
+                model, tokenizer, asked, recipe, open_lists, what=what, progress=progress
+            )
+        return generate_responses(
+            model,
+            tokenizer,
+            asked,
+            recipe,
+            seed=seed,
+            keys=keys,
+            lists=None if decoding == "free" else lists(),
+            what=what,
+            progress=progress,
+        )
+
+    frames: list[pd.DataFrame] = []
+    costs: dict[str, float] = {}
+    for decoding in recipe.decodings:
+        begun = time.monotonic()
+        responses = answers(decoding)
+        seconds = time.monotonic() - begun
+        name = f"ranked-{candidates.name}" if candidates and decoding == "ranked" else decoding
+        frame = test[WINDOW_KEY].reset_index(drop=True)
+        frame["stage"] = stage
+        frame["decoding"] = name
+        frame["response"] = [r.text for r in responses]
+        frame["n_prompt_tokens"] = [r.n_prompt_tokens for r in responses]
+        frame["n_response_tokens"] = [r.n_response_tokens for r in responses]
+        frame["finished"] = [r.finished for r in responses]
+        frame["checkpoint_version"] = [base_dir, *adapters][-1].name
+        frame["prompts_version"] = prompts_version
+        frame["answer_version"] = answer_versions[decoding]
+        frames.append(frame)
+        n_tokens = int(frame["n_response_tokens"].sum())
+        costs |= {
+            f"{name}_seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
+            f"{name}_tokens_per_prompt": round(n_tokens / max(len(frame), 1), 1),
+            f"{name}_share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
+        }
+    frame = pd.concat(frames, ignore_index=True)
     return Answers(
         frame,
         {
-            "seconds": round(seconds, 1),
-            "seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
-            "response_tokens_per_second": round(n_tokens / seconds, 1),
+            "seconds": round(time.monotonic() - started, 1),
             "mean_prompt_tokens": float(frame["n_prompt_tokens"].mean()) if len(frame) else 0.0,
-            "share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
+            **costs,
             "peak_memory_gb": round(peak_memory_gb(device), 2),
             "device": device.name,
         },

@@ -1,27 +1,50 @@
 """Answers to prompts, as raw text.
 
-What belongs here: one greedy or sampled answer per prompt, in batches. What does not: the token
-loop (``sampling``), reading the answers (``ground.completions``, ``ground.grounding``): raw text is
-kept, so a better parser re-scores without a GPU.
+What belongs here: one answer per prompt, in batches, by one of the decodings: free text or a
+constrained list (``generate_responses``), or a ranking of titles (``ranked_responses``). What does
+not: the token loop (``sampling``), the constraint (``constrained``), the beam search (``ranked``),
+reading the answers (``ground.completions``, ``ground.grounding``): raw text is kept, so a better
+parser re-scores without a GPU.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from llmrec_assets.ground.completions import render_completion
 from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.chat import prompt_ids, stop_ids
+from llmrec_assets.models.constrained import CatalogueConstraint, ListGrammar
 from llmrec_assets.models.loading import precision
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
+from llmrec_assets.models.ranked import rank_titles
 from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
+from llmrec_assets.models.trie import CatalogueTries
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What the answers of some prompts may list.
+
+    ``open_titles``: per prompt bool [titles] (``CatalogueTries.open_titles``); ``names``: whose
+    prompts they are, for errors.
+    """
+
+    tries: CatalogueTries
+    names: Sequence[str]
+    open_titles: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
 class Response:
-    """One answer. ``finished``: it ended by itself rather than at ``max_new_tokens``."""
+    """One answer. ``finished``: it ended by itself rather than at ``max_new_tokens``.
+    ``n_response_tokens``: tokens generated; of a ranking, the tokens of titles that were read to
+    find it."""
 
     text: str
     n_prompt_tokens: int
@@ -37,6 +60,7 @@ def generate_responses(
     *,
     seed: int,
     keys: Sequence[tuple[int, int]] | None = None,
+    lists: Lists | None = None,
     what: str = "generation",
     progress: Progress = silent,
 ) -> list[Response]:
@@ -49,24 +73,32 @@ def generate_responses(
 
     Args:
         keys: (user, window) of each prompt; by default its position.
+        lists: constrains every response to a list of distinct open titles, drawn as the recipe
+            says but for ``max_new_tokens``: no list is cut. None: free text.
+
+    Raises:
+        ModelError: a prompt has too few open titles; nothing has been generated then.
     """
     if keys is None:
         keys = [(position, 0) for position in range(len(prompts))]
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     streams = [[stream(seed, "response", *key)] for key in keys]
-    order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
     stops = stop_ids(tokenizer, model)
     decoding = Decoding(
-        max_new_tokens=recipe.max_new_tokens,
+        max_new_tokens=recipe.max_new_tokens if lists is None else lists.tries.max_tokens,
         do_sample=recipe.do_sample,
         temperature=recipe.temperature,
         top_k=recipe.top_k,
         top_p=recipe.top_p,
     )
+    if lists is not None:
+        grammar = ListGrammar(lists.tries)
+        starts = [grammar.start(*row) for row in zip(lists.names, lists.open_titles, strict=True)]
     responses: dict[int, Response] = {}
-    started = time.monotonic()
-    for start in range(0, len(order), recipe.batch_size):
-        batch = order[start : start + recipe.batch_size]
+    for batch in _batches(asked, recipe.batch_size, what, progress):
+        constraint = None
+        if lists is not None:
+            constraint = CatalogueConstraint(grammar, [starts[i] for i in batch])
         with precision(model):
             answers = sample_tokens(
                 model,
@@ -75,6 +107,7 @@ def generate_responses(
                 decoding,
                 stops=stops,
                 pad=tokenizer.pad_token_id,
+                constraint=constraint,
             )
         for index, (answer,) in zip(batch, answers, strict=True):
             responses[index] = Response(
@@ -83,14 +116,64 @@ def generate_responses(
                 n_response_tokens=len(answer.tokens),
                 finished=answer.stop is not None,
             )
-        per_second = len(responses) / (time.monotonic() - started)
+    return [responses[i] for i in range(len(prompts))]
+
+
+def ranked_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    recipe: GenerationRecipe,
+    lists: Lists,
+    *,
+    what: str = "ranking",
+    progress: Progress = silent,
+) -> list[Response]:
+    """Per prompt its k most probable open titles, written as an answer would be.
+
+    Raises:
+        ModelError: a prompt has too few open titles.
+    """
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    responses: dict[int, Response] = {}
+    for batch in _batches(asked, recipe.batch_size, what, progress):
+        with precision(model):
+            rankings = rank_titles(
+                model,
+                [asked[i] for i in batch],
+                [lists.names[i] for i in batch],
+                [lists.open_titles[i] for i in batch],
+                lists.tries,
+                beams=recipe.beams,
+                pad=tokenizer.pad_token_id,
+            )
+        for index, ranking in zip(batch, rankings, strict=True):
+            responses[index] = Response(
+                text=render_completion([lists.tries.titles[title] for title in ranking.titles]),
+                n_prompt_tokens=len(asked[index]),
+                n_response_tokens=ranking.n_tokens,
+                finished=True,
+            )
+    return [responses[i] for i in range(len(prompts))]
+
+
+def _batches(
+    asked: Sequence[Sequence[int]], size: int, what: str, progress: Progress
+) -> Iterator[list[int]]:
+    """Positions of prompts of similar length; progress is told after each batch."""
+    order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
+    started = time.monotonic()
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        yield batch
+        done = start + len(batch)
+        per_second = done / (time.monotonic() - started)
         progress(
             ProgressEvent(
                 what=what,
-                step=len(responses),
-                total=len(prompts),
+                step=done,
+                total=len(order),
                 examples_per_second=per_second,
-                seconds_left=(len(prompts) - len(responses)) / per_second,
+                seconds_left=(len(order) - done) / per_second,
             )
         )
-    return [responses[i] for i in range(len(prompts))]

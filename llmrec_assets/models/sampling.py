@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,18 @@ class Decoding:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+
+class Constraint(Protocol):
+    """What may follow in each sample. A sample is known by its place among all samples, prompt by
+    prompt."""
+
+    def mask(self, logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """The logits [n, vocabulary] of the samples ``rows``, -inf where a token may not follow.
+        Samples that have ended may be among them."""
+
+    def advance(self, row: int, token: int) -> None:
+        """Sample ``row`` continues, or ends, with ``token``."""
 
 
 def stream(seed: int, *parts: int | str) -> int:
@@ -124,6 +136,7 @@ def sample_tokens(
     *,
     stops: Sequence[int],
     pad: int,
+    constraint: Constraint | None = None,
 ) -> list[list[Sample]]:
     """Samples each prompt once per stream. The prompt itself is computed once.
 
@@ -133,6 +146,7 @@ def sample_tokens(
         streams: per prompt the keys of its samples' noise; their number may differ, and be zero.
         stops: token ids that end an answer.
         pad: any token id; what it says is masked.
+        constraint: what may follow; None: anything.
 
     Returns:
         Per prompt its samples, in the order of its streams.
@@ -153,7 +167,7 @@ def sample_tokens(
     mask = torch.tensor(
         [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
     )
-    cache = Cache(layer_class_to_replicate=_RoomyLayer)
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
 
     def forward(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         output = model(
@@ -178,6 +192,8 @@ def sample_tokens(
     rows = np.arange(len(prompt_of))  # which sample each row of the batch is
     live = np.ones(len(rows), dtype=bool)
     for step in range(decoding.max_new_tokens):
+        if constraint is not None:
+            logits = constraint.mask(logits, rows)
         drawn = next_tokens(logits, decoding, uniforms(keys[rows], step))
         for place, token in enumerate(drawn.tolist()):
             if not live[place]:
@@ -188,6 +204,8 @@ def sample_tokens(
                     "drawn: its weights are damaged or its training diverged; train it again with "
                     "a lower learning rate"
                 )
+            if constraint is not None:
+                constraint.advance(int(rows[place]), token)
             if token in ends:
                 stopped[rows[place]] = token
                 live[place] = False
@@ -210,7 +228,7 @@ def sample_tokens(
     return [[next(samples) for _ in keys] for keys in streams]
 
 
-class _RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):
     """A cache layer with room ahead. ``DynamicLayer`` copies the whole layer for every token, half
     of a float32 step (SmolLM2's shape, 80 rows of 300 tokens, one core, measured)."""
 
@@ -228,8 +246,10 @@ class _RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if start == 0 or self._keys.shape[2] < end:
-            self._keys = self._moved(self.keys, key_states, start, end + _ROOM)
-            self._values = self._moved(self.values, value_states, start, end + _ROOM)
+            # Beams bring many positions a step: room for several steps of as many.
+            room = max(_ROOM, 4 * key_states.shape[2] if start else 0)
+            self._keys = self._moved(self.keys, key_states, start, end + room)
+            self._values = self._moved(self.values, value_states, start, end + room)
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
         self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]

@@ -115,6 +115,24 @@ def test_the_anonymised_control_differs_from_cpu_in_the_titles_alone():
     assert differing == {"prompts.titles": ("real", "invented")}
 
 
+def test_only_the_papers_decoding_is_on_by_default_and_in_the_papers_recipe():
+    assert load_recipe("paper").generation.decodings == ("free",)
+    for name in ("cpu", "tiny", "quickstart"):
+        assert load_recipe(name).generation.decodings == ("free", "constrained", "ranked")
+
+
+def test_a_decodings_settings_are_those_it_depends_on():
+    generation = load_recipe("cpu").generation
+    changed = generation.model_copy(update={"beams": 7, "decodings": ("free",)})
+    assert changed.settings("free") == generation.settings("free")
+    assert changed.settings("constrained") == generation.settings("constrained")
+    assert changed.settings("ranked") != generation.settings("ranked")
+    cut = generation.model_copy(update={"max_new_tokens": 9, "temperature": 0.1})
+    assert cut.settings("ranked") == generation.settings("ranked")
+    assert cut.settings("constrained")["temperature"] == 0.1
+    assert cut.settings("free") != generation.settings("free")
+
+
 # -- mistakes -----------------------------------------------------------------------------
 
 
@@ -163,6 +181,9 @@ def test_an_unknown_key_is_named(tmp_path, path, value):
         ("sft.batch_size", None),
         ("sft.max_examples", 0),
         ("generation.temperature", 0),
+        ("generation.decodings", []),
+        ("generation.decodings", ["greedy"]),
+        ("generation.beams", 0),
         ("generation.top_p", 1.01),
         ("generation.top_p", 0),
         ("grounding.threshold", 100.5),
@@ -200,6 +221,8 @@ def test_every_offending_key_is_named_at_once(tmp_path):
         ("splits", {"train": 0.5}, r"  splits: .*= 0\.8"),
         ("windows.min_ground_truth", 6, r"  windows: .*min_ground_truth 6.*top_k 5"),
         ("sft.micro_batch_size", 3, r"  sft: .*batch_size 8.*micro_batch_size 3"),
+        ("generation.decodings", ["free", "ranked", "free"], r"  generation: .*name one twice"),
+        ("generation.candidates", "ease", r"  generation: .*ease is not offered yet"),
         ("dpo.micro_batch_size", 3, r"  dpo: .*batch_size 1.*micro_batch_size 3"),
         ("rlhf.micro_batch_size", 3, r"  rlhf: .*batch_size 16.*micro_batch_size 3"),
         ("rlhf.samples_per_prompt", 3, r"  rlhf: .*batch_size 16.*samples_per_prompt 3"),

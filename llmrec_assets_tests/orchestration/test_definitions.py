@@ -32,6 +32,7 @@ TRAIN_ONLY = "trained_on_training_users_only"
 OWN = "answered_by_its_own_checkpoint"
 CURRENT = "answers_of_the_current_checkpoint"
 SURVIVES = "catalogue_survives_parsing"
+CONTRACT = "keeps_the_contract"
 TRAININGS = {"dpo_checkpoint", "reward_model", "rlhf_checkpoint"}
 GROUNDED = {"prompts", "ratings", "catalogue"}
 
@@ -132,7 +133,7 @@ GRAPH = {
     "base_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model"},
+        {*GROUNDED, "base_model"},
         "gpu",
         "table_io",
         {OWN},
@@ -140,7 +141,7 @@ GRAPH = {
     "sft_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model", "sft_checkpoint"},
+        {*GROUNDED, "base_model", "sft_checkpoint"},
         "gpu",
         "table_io",
         {OWN},
@@ -148,7 +149,7 @@ GRAPH = {
     "dpo_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model", "sft_checkpoint", "dpo_checkpoint"},
+        {*GROUNDED, "base_model", "sft_checkpoint", "dpo_checkpoint"},
         "gpu",
         "table_io",
         {OWN},
@@ -156,7 +157,7 @@ GRAPH = {
     "rlhf_responses": (
         "recommendations",
         "dataset|recipe",
-        {"prompts", "base_model", "sft_checkpoint", "rlhf_checkpoint"},
+        {*GROUNDED, "base_model", "sft_checkpoint", "rlhf_checkpoint"},
         "gpu",
         "table_io",
         {OWN},
@@ -167,7 +168,7 @@ GRAPH = {
         {"base_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT, SURVIVES},
+        {CURRENT, SURVIVES, CONTRACT},
     ),
     "sft_recommendations": (
         "recommendations",
@@ -175,7 +176,7 @@ GRAPH = {
         {"sft_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT, SURVIVES},
+        {CURRENT, SURVIVES, CONTRACT},
     ),
     "dpo_recommendations": (
         "recommendations",
@@ -183,7 +184,7 @@ GRAPH = {
         {"dpo_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT, SURVIVES},
+        {CURRENT, SURVIVES, CONTRACT},
     ),
     "rlhf_recommendations": (
         "recommendations",
@@ -191,7 +192,7 @@ GRAPH = {
         {"rlhf_responses", *GROUNDED},
         None,
         "table_io",
-        {CURRENT, SURVIVES},
+        {CURRENT, SURVIVES, CONTRACT},
     ),
     "baseline_recommendations": (
         "recommendations",

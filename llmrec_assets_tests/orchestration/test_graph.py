@@ -35,6 +35,7 @@ CHECKS = {
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "answers_of_the_current_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "catalogue_survives_parsing") for stage in STAGES),
+    *((f"{stage}_recommendations", "keeps_the_contract") for stage in STAGES),
 }
 #: May fail: the tiny reward model knows nothing.
 WARNING = ("reward_model", "ranks_validation_pairs")
@@ -100,11 +101,13 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert (rows["ratings"], rows["movies"], rows["users"]) == (24_876, 260, 500)
     assert rows["user_splits"] == 500
     assert rows["prompts"] == rows["interaction_windows"] <= 500
-    assert rows["base_responses"] == rows["sft_responses"]
-    assert rows["base_recommendations"] == 5 * rows["base_responses"]
-    assert rows["baseline_recommendations"] == 13 * 5 * rows["base_responses"]
-    assert rows["user_metrics"] == (4 + 13) * rows["base_responses"]
-    assert rows["beyond_accuracy"] == rows["metric_table"] == 4 + 13
+    # a row per test window and decoding: free, constrained, ranked
+    windows, of_stage = rows["base_responses"] // 3, rows["base_responses"]
+    assert rows["sft_responses"] == of_stage == 3 * windows
+    assert rows["base_recommendations"] == 5 * of_stage
+    assert rows["baseline_recommendations"] == 13 * 5 * windows
+    assert rows["user_metrics"] == 4 * of_stage + 13 * windows
+    assert rows["beyond_accuracy"] == rows["metric_table"] == 4 * 3 + 13
 
 
 def test_leave_last_out_ranks_the_last_film_of_every_user(events, finished: FinishedRun) -> None:
@@ -127,16 +130,17 @@ def test_comparisons_and_groups_stand_on_the_same_users(finished: FinishedRun) -
     compared = store.read_table("comparisons", PARTITION).frame
     assert set(compared["n_users"]) == set(table["n_users"])
     assert compared["reason"].value_counts().to_dict() == {
-        "predecessor": 3,
-        "best classical": 4,  # each LLM stage; the only classical row of a set is its own best
-        "popularity": 8,
+        "predecessor": 9,
+        "free text": 8,
+        "best classical": 12 + 5 + 6,  # every row but the best of its information set
+        "popularity": 12 * 2 + 5 + 6,  # an LLM's rows against both popularity lists
     }
-    before = compared[compared["reason"] == "predecessor"].set_index("stage")
-    mine = table[table["versus"].notna()].set_index("stage")
+    before = compared[compared["reason"] == "predecessor"].set_index(["stage", "decoding"])
+    mine = table[table["versus"].notna()].set_index(["stage", "decoding"])
     assert mine["ndcg_difference_p"].to_dict() == before["p"].to_dict()
     assert mine["ndcg_difference_p_holm"].to_dict() == before["p_holm"].to_dict()
     groups = store.read_table("group_metrics", PARTITION).frame
-    for _, part in groups.groupby(["stage", "information_set", "grouping"]):
+    for _, part in groups.groupby(["stage", "decoding", "information_set", "grouping"]):
         told = part["n_users"].sum() + part["users_left_out"].iloc[0]
         assert told == table["n_users"].iloc[0]
     assert set(groups["grouping"]) == {"age", "gender", "activity", "ground truth popularity"}
@@ -145,24 +149,26 @@ def test_comparisons_and_groups_stand_on_the_same_users(finished: FinishedRun) -
 def test_the_metric_table_compares_all_stages_on_the_same_users(finished: FinishedRun) -> None:
     store = finished.home.store
     table = store.read_table("metric_table", PARTITION).frame
-    assert list(zip(table["stage"], table["information_set"], strict=True)) == [
-        ("base", "prompt"),
-        ("sft", "prompt"),
-        ("dpo", "prompt"),
-        ("rlhf", "prompt"),
-        ("als", "history"),
-        ("als", "prompt"),
-        ("ease", "history"),
-        ("ease", "prompt"),
-        ("itemknn", "history"),
-        ("itemknn", "prompt"),
-        ("itemknn-causal", "history"),
-        ("itemknn-causal", "prompt"),
-        ("popularity", "history"),
-        ("popularity", "prompt"),
-        ("popularity-causal", "history"),
-        ("sasrec", "history"),
-        ("sasrec", "prompt"),
+    rows = zip(table["stage"], table["decoding"], table["information_set"], strict=True)
+    assert list(rows) == [
+        *(
+            (stage, decoding, "prompt")
+            for stage in STAGES
+            for decoding in ("constrained", "free", "ranked")
+        ),
+        ("als", "ranking", "history"),
+        ("als", "ranking", "prompt"),
+        ("ease", "ranking", "history"),
+        ("ease", "ranking", "prompt"),
+        ("itemknn", "ranking", "history"),
+        ("itemknn", "ranking", "prompt"),
+        ("itemknn-causal", "ranking", "history"),
+        ("itemknn-causal", "ranking", "prompt"),
+        ("popularity", "ranking", "history"),
+        ("popularity", "ranking-shown", "prompt"),
+        ("popularity-causal", "ranking", "history"),
+        ("sasrec", "ranking", "history"),
+        ("sasrec", "ranking", "prompt"),
     ]
     shown = table["decoding"] == "ranking-shown"
     assert table.loc[shown, "stage"].tolist() == ["popularity"]
@@ -172,7 +178,12 @@ def test_the_metric_table_compares_all_stages_on_the_same_users(finished: Finish
     test_users = prompts.frame.loc[prompts.frame["split"] == "test", "user_id"].nunique()
     assert table["n_users"].iloc[0] == test_users
     assert set(table["prompts_version"]) == {prompts.version}
-    assert table["versus"].isna().tolist() == [True, False, False, False] + [True] * 13
+    assert table["versus"].isna().tolist() == [True] * 3 + [False] * 9 + [True] * 13
+    # what is decoded over the catalogue is valid in every slot, from whatever model
+    valid = table[table["decoding"].isin(["constrained", "ranked"])]
+    assert len(valid) == 8
+    assert (valid[["parsable", "in_catalogue"]] == 1).all(axis=None)
+    assert (valid[["duplicate", "seen"]] == 0).all(axis=None)
     assert table["ndcg"].between(table["ndcg_low"], table["ndcg_high"]).all()
     # an untrained model hits next to nothing, a ranking by popularity does not
     popularity = table[table["stage"] == "popularity"]

@@ -5,13 +5,19 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground.answers import ground_responses, parsing_problems, validity
+from llmrec_assets.ground.answers import (
+    answer_versions,
+    constrained_problems,
+    ground_responses,
+    parsing_problems,
+    validity,
+)
 from llmrec_assets.ground.stages import (
     CHECKPOINT_OF_STAGE,
     checkpoint_problems,
     response_problems,
 )
-from llmrec_assets.ground.store import StoredTable, checkpoint_version
+from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
 from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
@@ -45,6 +51,8 @@ def _answer(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     stage: str,
     base_model: Path,
     *adapters: Path,
@@ -64,20 +72,18 @@ def _answer(
     with gpu.lease(context.log, f"{stage}_responses {partition}") as device:
         answers = answer_test_prompts(
             prompts.frame,
+            ratings,
+            catalogue,
             base_model,
             adapters,
             recipe.generation,
             stage=stage,
             prompts_version=prompts.version,
-            answer_version=checkpoint_version(
-                "responses",
-                {
-                    "generation": recipe.generation.model_dump(),
-                    "seed": config.seed_of(recipe),
-                    "code": CODE_VERSION,
-                },
+            answer_versions=answer_versions(
+                recipe.generation, config.seed_of(recipe), CODE_VERSION
             ),
             max_users=recipe.evaluation.max_test_users,
+            top_k=recipe.windows.top_k,
             seed=config.seed_of(recipe),
             device=device,
             progress=report_progress(context),
@@ -96,10 +102,12 @@ def base_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
 ) -> CheckedResult:
     """What the base model answers to the test prompts, raw."""
-    yield from _answer(context, config, gpu, prompts, "base", base_model)
+    yield from _answer(context, config, gpu, prompts, ratings, catalogue, "base", base_model)
 
 
 @dg.asset(
@@ -113,11 +121,15 @@ def sft_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
     """What the fine-tuned model answers to the test prompts, raw."""
-    yield from _answer(context, config, gpu, prompts, "sft", base_model, sft_checkpoint)
+    yield from _answer(
+        context, config, gpu, prompts, ratings, catalogue, "sft", base_model, sft_checkpoint
+    )
 
 
 @dg.asset(
@@ -131,13 +143,24 @@ def dpo_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     dpo_checkpoint: Path,
 ) -> CheckedResult:
     """What the model after DPO answers to the test prompts, raw."""
     yield from _answer(
-        context, config, gpu, prompts, "dpo", base_model, sft_checkpoint, dpo_checkpoint
+        context,
+        config,
+        gpu,
+        prompts,
+        ratings,
+        catalogue,
+        "dpo",
+        base_model,
+        sft_checkpoint,
+        dpo_checkpoint,
     )
 
 
@@ -152,13 +175,24 @@ def rlhf_responses(
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     rlhf_checkpoint: Path,
 ) -> CheckedResult:
     """What the model after RLHF answers to the test prompts, raw."""
     yield from _answer(
-        context, config, gpu, prompts, "rlhf", base_model, sft_checkpoint, rlhf_checkpoint
+        context,
+        config,
+        gpu,
+        prompts,
+        ratings,
+        catalogue,
+        "rlhf",
+        base_model,
+        sft_checkpoint,
+        rlhf_checkpoint,
     )
 
 
@@ -187,6 +221,23 @@ def _surviving_catalogue(stage: str) -> dg.AssetCheckSpec:
     )
 
 
+_CONTRACT = "keeps_the_contract"
+
+
+def _contract(stage: str) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(
+        _CONTRACT,
+        asset=f"{stage}_recommendations",
+        blocking=True,
+        description="Every list decoded over the catalogue has k ranks of distinct catalogue films, "
+        "none of them seen. Free text is exempt: what it breaks is counted.",
+    )
+
+
+def _list_checks(stage: str) -> list[dg.AssetCheckSpec]:
+    return [_current_answers(stage), _surviving_catalogue(stage), _contract(stage)]
+
+
 def _ground(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
@@ -200,10 +251,18 @@ def _ground(
     problems = response_problems(
         responses, stage, storage.store(), context.partition_key, prompts.version
     )
-    unread = parsing_problems(catalogue, recipe.grounding)
-    yield from blocking_checks(f"{stage}_recommendations", {_CURRENT: problems, _SURVIVES: unread})
     frame = ground_responses(
         responses, prompts.frame, ratings, catalogue, recipe.grounding, recipe.windows.top_k
+    )
+    yield from blocking_checks(
+        f"{stage}_recommendations",
+        {
+            _CURRENT: problems,
+            _SURVIVES: parsing_problems(catalogue, recipe.grounding),
+            _CONTRACT: constrained_problems(
+                frame, prompts.frame, ratings, catalogue, recipe.windows.top_k
+            ),
+        },
     )
     yield table_result(f"{stage}_recommendations", frame, validity(frame))
 
@@ -211,7 +270,7 @@ def _ground(
 @dg.asset(
     **table_options("base_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("base"), _surviving_catalogue("base")],
+    check_specs=_list_checks("base"),
 )
 def base_recommendations(
     context: dg.AssetExecutionContext,
@@ -228,7 +287,7 @@ def base_recommendations(
 @dg.asset(
     **table_options("sft_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("sft"), _surviving_catalogue("sft")],
+    check_specs=_list_checks("sft"),
 )
 def sft_recommendations(
     context: dg.AssetExecutionContext,
@@ -245,7 +304,7 @@ def sft_recommendations(
 @dg.asset(
     **table_options("dpo_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("dpo"), _surviving_catalogue("dpo")],
+    check_specs=_list_checks("dpo"),
 )
 def dpo_recommendations(
     context: dg.AssetExecutionContext,
@@ -262,7 +321,7 @@ def dpo_recommendations(
 @dg.asset(
     **table_options("rlhf_recommendations", GROUP),
     partitions_def=run_partitions,
-    check_specs=[_current_answers("rlhf"), _surviving_catalogue("rlhf")],
+    check_specs=_list_checks("rlhf"),
 )
 def rlhf_recommendations(
     context: dg.AssetExecutionContext,
@@ -281,7 +340,7 @@ def rlhf_recommendations(
     partitions_def=run_partitions,
     check_specs=[
         dg.AssetCheckSpec(
-            "keeps_the_contract",
+            _CONTRACT,
             asset="baseline_recommendations",
             blocking=True,
             description="Every list has k ranks of distinct catalogue films under their canonical "
