@@ -174,7 +174,7 @@ RECOMMENDATIONS = _schema(
         "decoding",
         pa.string(),
         False,
-        "the response's; 'ranking': classical; 'ranking-shown': leaves out only what the prompt shows",
+        "the response's; 'ranking': classical; 'ranking-shown': it hides only what is shown",
     ),
     ("information_set", pa.string(), False, "what the recommender saw: 'prompt' or 'history'"),
     ("rank", pa.int16(), False, "slot 1 … top_k; every window has exactly top_k slots"),

@@ -229,8 +229,8 @@ def _contract(stage: str) -> dg.AssetCheckSpec:
         _CONTRACT,
         asset=f"{stage}_recommendations",
         blocking=True,
-        description="Every list decoded over the catalogue has k ranks of distinct catalogue films, "
-        "none of them seen. Free text is exempt: what it breaks is counted.",
+        description="Every list decoded over the catalogue has k ranks of distinct catalogue "
+        "films, none of them seen. Free text is exempt: what it breaks is counted.",
     )
 
 
