@@ -47,8 +47,9 @@ def beyond_accuracy(
         ratings: ``RATINGS``: popularity of training users, and what a user liked by the cut-off.
         user_splits: ``USER_SPLITS``.
         movies: ``MOVIES``.
-        responses: ``RESPONSES`` that the lists were read from, for the tokens, and for seconds
-            where they have a column ``seconds``; ``None``: no cost is known.
+        responses: ``RESPONSES`` that the lists were read from, for the tokens; ``None``: no cost
+            is known. Seconds are no part of a table that has to come out the same twice: they
+            stand in the metadata of ``*_responses``.
         liked_min: rating from which a film is liked.
         protocol: name of the evaluation protocol.
 
@@ -224,17 +225,15 @@ def liked_genres(
     return found
 
 
-_COST = ("prompt_tokens", "response_tokens", "seconds")
+_COST = ("prompt_tokens", "response_tokens")
 
 
 def _costs(responses: pd.DataFrame | None) -> dict[tuple[str, str], dict[str, float | None]]:
-    """Tokens and seconds per user by (stage, decoding): summed over a user's windows."""
+    """Tokens per user by (stage, decoding): summed over a user's windows."""
     if responses is None or responses.empty:
         return {}
     names = {"n_prompt_tokens": "prompt_tokens", "n_response_tokens": "response_tokens"}
     table = responses.rename(columns=names)
-    if "seconds" not in table:
-        table = table.assign(seconds=np.nan)
     found: dict[tuple[str, str], dict[str, float | None]] = {}
     for (stage, decoding), part in table.groupby(["stage", "decoding"]):
         users = part.groupby("user_id")[list(_COST)].sum(min_count=1).mean()

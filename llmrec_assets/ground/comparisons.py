@@ -72,7 +72,7 @@ def comparisons(
 
     A user's windows are averaged first. All differences of a protocol share the bootstrap's draws
     of users and the flipped signs. Holm's correction is over all pairs of the table, over all
-    protocols; a pair that stands under two reasons is one.
+    protocols; a pair that stands under two reasons, or the other way round, is one.
 
     Args:
         user_metrics: ``USER_METRICS``.
@@ -97,9 +97,10 @@ def comparisons(
     if not parts:
         return typed(pd.DataFrame(columns=COMPARISONS.names), COMPARISONS)
     table = pd.concat(parts, ignore_index=True)
-    one = table.drop_duplicates(_PAIR)[_PAIR]
+    table["pair"] = pair_keys(table)
+    one = table.drop_duplicates("pair")[["pair"]]
     one = one.assign(p_holm=holm(table.loc[one.index, "p"].to_numpy()))
-    table = table.merge(one, on=_PAIR, how="left", validate="many_to_one")
+    table = table.merge(one, on="pair", how="left", validate="many_to_one")
     table["n_comparisons"] = len(one)
     table["user_metrics_version"] = user_metrics_version
     table["is_shown"] = table["p_holm"] <= level
@@ -111,7 +112,17 @@ def comparisons(
 
 
 _OTHER = [f"versus_{name}" for name in LIST_KEY]
-_PAIR = ["protocol", *LIST_KEY, *_OTHER]
+
+
+def pair_keys(comparisons: pd.DataFrame) -> list[str]:
+    """What each comparison asks about, whichever of its two rows comes first: A against B and B
+    against A are one hypothesis."""
+    columns = [comparisons[name].tolist() for name in ("protocol", *LIST_KEY, *_OTHER)]
+    n = len(LIST_KEY)
+    return [
+        repr((protocol, *sorted((tuple(rows[:n]), tuple(rows[n:])))))
+        for protocol, *rows in zip(*columns, strict=True)
+    ]
 
 
 def _differences(

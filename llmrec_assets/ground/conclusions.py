@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from llmrec_assets.ground.comparisons import POPULARITY, is_model
+from llmrec_assets.ground.comparisons import POPULARITY, is_model, pair_keys
 from llmrec_assets.ground.recommendations import STAGE_ORDER, Row
 from llmrec_assets.ground.report import row_labels, row_of
 
@@ -123,7 +123,7 @@ def comparison_words(comparisons: pd.DataFrame, confidence: float) -> str:
     """Under the comparisons of one protocol."""
     if comparisons.empty:
         return "Missing: no two rows could be compared."
-    pairs = comparisons.drop_duplicates([c for c in comparisons.columns if c != "reason"])
+    pairs = comparisons.assign(pair=pair_keys(comparisons)).drop_duplicates("pair")
     n, shown = int(comparisons["n_comparisons"].iloc[0]), int(pairs["is_shown"].sum())
     told = [
         f"{shown} of {len(pairs)} differences are shown at the level {1 - confidence:.2g}, after "

@@ -110,8 +110,7 @@ def beyond_section(beyond: pd.DataFrame) -> list[Block]:
         "genre diversity": ("diversity", 1, 2),
         "genre miscalibration": ("miscalibration", 1, 2),
         "tokens read": ("prompt_tokens", 1, 0),
-        "tokens written": ("response_tokens", 1, 0),
-        "seconds": ("seconds", 1, 2),
+        "tokens generated": ("response_tokens", 1, 0),
     }
     rows = [
         [Cell(labels[row_of(row)])]
@@ -122,7 +121,7 @@ def beyond_section(beyond: pd.DataFrame) -> list[Block]:
         for row in beyond.to_dict("records")
     ]
     names = [("", "row"), *(("", name) for name in columns)]
-    return [Table("What the lists are like; tokens and seconds per user", names, [("", rows)]),
+    return [Table("What the lists are like; tokens per user", names, [("", rows)]),
             words]  # fmt: skip
 
 

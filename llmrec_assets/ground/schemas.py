@@ -315,8 +315,12 @@ BEYOND_ACCURACY = _schema(
         "Jensen-Shannon divergence of the list's genres from those the user liked, 0-1",
     ),
     ("prompt_tokens", pa.float64(), True, "tokens read per user; NULL: no language model"),
-    ("response_tokens", pa.float64(), True, "tokens generated per user; NULL: likewise"),
-    ("seconds", pa.float64(), True, "seconds of generation per user; NULL: not measured"),
+    (
+        "response_tokens",
+        pa.float64(),
+        True,
+        "tokens generated (ranked: read) per user; NULL: likewise",
+    ),
     ("recommendations_version", pa.string(), False, "version of the recommendations described"),
 )
 
@@ -370,7 +374,7 @@ MEMORISATION = _schema(
 )
 
 LEAVE_LAST_OUT = _schema(
-    ("recommender", pa.string(), False, "'popularity', 'item-knn' or 'ease'"),
+    ("recommender", pa.string(), False, "'popularity', 'itemknn' or 'ease'"),
     ("setting", pa.string(), False, "hyperparameter chosen on the last film but one; '': none"),
     ("k", pa.int16(), False, "list length"),
     ("n_users", pa.int32(), False, "users with enough films, one target each"),

@@ -10,24 +10,20 @@ their similarities to a film, EASE its weights from them, ALS solves for the use
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from lenskit.als import ImplicitMFScorer
 from lenskit.data import ItemList, RecQuery, from_interactions_df
 from lenskit.knn import EASEScorer, ItemKNNScorer
-from lenskit.parallel import initialize
 from lenskit.training import TrainingOptions
 from numpy.typing import NDArray
 
 from llmrec_assets.ground.recommender import Window
+from llmrec_assets.models.lenskit_threads import one_lenskit_thread
 
 
 class Scorer(Protocol):
@@ -67,7 +63,7 @@ class LensKitScorer:
         self._columns = [column for column, film in enumerate(catalogue) if film in known]
         self._n_films = len(catalogue)
         if known:
-            with _quiet():
+            with one_lenskit_thread():
                 self._items = ItemList(item_ids=[catalogue[column] for column in self._columns])
                 data = from_interactions_df(pairs.rename(columns={"film": "item_id"}))
                 component.train(data, TrainingOptions(rng=seed, device="cpu"))
@@ -81,7 +77,7 @@ class LensKitScorer:
     def scores(self, windows: Sequence[Window]) -> NDArray[np.float32]:
         """A film without feedback has no score, a window without a known film none at all."""
         scores = np.full((len(windows), self._n_films), np.nan, dtype=np.float32)
-        with _quiet():
+        with one_lenskit_thread():
             for row, window in enumerate(windows):
                 # films without feedback stay here: LensKit 2025.8 fails on them, ItemKNN with a
                 # panic of its extension and ALS with a KeyError
@@ -97,7 +93,7 @@ class LensKitScorer:
             # what the component computes, from the rows it needs: it multiplies by all of them
             weights, items = self._component.weights, self._component.items
             return weights[items.numbers(films)].sum(axis=0)[self._items.numbers(vocabulary=items)]
-        query = RecQuery(user_items=ItemList(item_ids=films))
+        query = RecQuery(history_items=ItemList(item_ids=films))
         return self._component(query, self._items).scores()
 
 
@@ -136,22 +132,3 @@ class ScoredRecommender:
             films = (film for film in self._catalogue[order].tolist() if film not in window.hidden)
             lists.append([film for film, _ in zip(films, range(top_k), strict=False)])
         return lists
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """LensKit sets torch's threads for the whole process; they are put back."""
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _one_thread()
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-@cache
-def _one_thread() -> None:
-    """The same bits on every run of a machine; a fit takes a second at most."""
-    initialize(threads=1, backend_threads=1)

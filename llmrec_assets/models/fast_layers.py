@@ -145,9 +145,11 @@ class _SwiGlu(torch.autograd.Function):
 
 
 class FastMlp(LlamaMLP):
-    """transformers' layer with SwiGLU in one function."""
+    """transformers' layer; where the activation is SiLU, SwiGLU in one function."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.config.hidden_act != "silu":
+            return super().forward(x)
         return self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -301,7 +303,10 @@ class FastAttention(LlamaAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if cache is not None or attention_mask is not None or position_embeddings is None:
+        # transformers before 5.24 names the cache past_key_values
+        cached = cache is not None or kwargs.get("past_key_values") is not None
+        dropout = self.training and self.attention_dropout > 0
+        if cached or dropout or attention_mask is not None or position_embeddings is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, cache, **kwargs
             )

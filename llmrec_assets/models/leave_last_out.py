@@ -8,14 +8,11 @@ and gives back a scorer of histories.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
 from lenskit.basic import PopScorer
 from lenskit.data import Dataset, DatasetBuilder, ItemList, RecQuery
 from lenskit.knn import EASEScorer, ItemKNNScorer
@@ -31,6 +28,7 @@ from llmrec_assets.ground.leave_last_out import (
     leave_last_out_table,
 )
 from llmrec_assets.ground.recipes import EvaluationRecipe, LeaveLastOutRecipe
+from llmrec_assets.models.lenskit_threads import one_lenskit_thread
 
 
 def classical_candidates(recipe: LeaveLastOutRecipe) -> list[Candidate]:
@@ -39,7 +37,7 @@ def classical_candidates(recipe: LeaveLastOutRecipe) -> list[Candidate]:
     return [
         Candidate("popularity", "", _fit_popularity),
         *(
-            Candidate("item-knn", f"neighbours {n}", partial(_fit_item_knn, neighbours=n))
+            Candidate("itemknn", f"neighbours {n}", partial(_fit_item_knn, neighbours=n))
             for n in recipe.knn_neighbours
         ),
         *(
@@ -63,7 +61,7 @@ def classical_leave_last_out(
         DataError: no user has enough ratings.
     """
     split = leave_last_out(ratings, canonical, recipe.min_interactions)
-    with _threads_as_they_were():
+    with one_lenskit_thread():
         result = leave_last_out_table(split, classical_candidates(recipe), recipe, evaluation, seed)
     return result, split.share_tied
 
@@ -135,16 +133,3 @@ def _dataset(histories: Sequence[Ints], n_items: int) -> Dataset:
         default=True,
     )
     return builder.build()
-
-
-@contextmanager
-def _threads_as_they_were() -> Iterator[None]:
-    """LensKit sets torch's number of threads for the whole process, once; a later training in
-    this process would get other sums than one that ran alone."""
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "failed to set .*threads", RuntimeWarning)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec_assets.ground import beyond
 from llmrec_assets.ground.beyond import (
     beyond_accuracy,
     film_genres,
@@ -138,17 +137,11 @@ def test_the_table_by_hand() -> None:
     assert sft["miscalibration"] == pytest.approx(miscalibration(half, [1, 3], GENRES))
     # one user, two windows
     assert (sft["prompt_tokens"], sft["response_tokens"]) == (150, 40)
-    assert pd.isna(sft["seconds"])
     assert (apex["valid"], apex["coverage"], apex["novelty"]) == (1, 1, 5 / 4)
     assert pd.isna(apex["response_tokens"])
 
 
-def test_seconds_are_taken_where_the_responses_have_them_and_nothing_is_a_table() -> None:
-    responses = pd.DataFrame(
-        {"user_id": [1, 2], "stage": "sft", "decoding": "free", "n_prompt_tokens": 1,
-         "n_response_tokens": 1, "seconds": [1.0, 2.0]}
-    )  # fmt: skip
-    assert beyond._costs(responses)["sft", "free"]["seconds"] == 1.5
+def test_lists_without_a_valid_slot_have_no_means_and_nothing_is_a_table() -> None:
     none = lists({0: [None, None]}, "sft")
     (row,) = beyond_accuracy(none, PROMPTS, RATINGS, SPLITS, MOVIES, None, 3).to_dict("records")
     assert (row["valid"], row["coverage"]) == (0, 0)

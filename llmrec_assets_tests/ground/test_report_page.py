@@ -377,7 +377,7 @@ def test_lists_are_described_and_what_is_not_known_stays_empty():
     }  # fmt: skip
     page = Page(report(metric_table(row("sft")), beyond_accuracy=beyond(lists)).html)
     assert page.row("What the lists are like", "sft") == [
-        *("sft", "50", "40", "2.5", "3.46", "", "", "", "", "40", ""),
+        *("sft", "50", "40", "2.5", "3.46", "", "", "", "", "40"),
     ]
     assert "sft recommends the least known films" in page.text
     assert "None of these is better for being larger" in page.text

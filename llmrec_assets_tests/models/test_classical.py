@@ -198,7 +198,7 @@ def test_ease_is_the_formula_on_random_data() -> None:
     )
     found = scorer.scores(WINDOWS[:1])[0]
     assert found == pytest.approx(expected, abs=1e-5)
-    query = RecQuery(user_items=ItemList(item_ids=[3, 5]))
+    query = RecQuery(history_items=ItemList(item_ids=[3, 5]))
     by_lenskit = scorer._component(query, ItemList(item_ids=list(matrix.columns))).scores()
     assert found == pytest.approx(by_lenskit, abs=1e-6)
 

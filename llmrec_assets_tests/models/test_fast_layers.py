@@ -159,6 +159,41 @@ def test_a_model_computes_what_it_computed() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_in_bfloat16_only_rounding_tells_them_apart() -> None:
+    """Both stay near float32; ours rounds attention's scores once more (twice the error here)."""
+    exact = _run(_model(), ids := torch.randint(0, 50, (3, 12)))[1]
+    errors = []
+    for swap in (False, True):
+        model = _model()
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if swap:
+            fast.speed_up(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gradients = _run(model, ids)[1]
+        assert gradients.dtype == torch.float32
+        errors.append(float((gradients - exact).norm() / exact.norm()))
+    assert errors[1] < 3 * errors[0] < 0.05
+
+
+def test_another_activation_takes_the_libraries_way() -> None:
+    plain = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=6,
+            hidden_act="gelu",
+        )
+    ).eval()
+    ours = copy.deepcopy(plain)
+    fast.speed_up(ours)
+    ids = torch.randint(0, 50, (2, 7))
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_swapped_model_generates_and_switches_adapters_off() -> None:
     plain = _model()
     ours = copy.deepcopy(plain)

@@ -52,7 +52,7 @@ def test_item_knn_sums_cosine_similarities() -> None:
     cosine = (x.T @ x) / np.outer(norms, norms)
     np.fill_diagonal(cosine, 0)
     expected = _matrix(ASKED) @ cosine
-    found = _scores("item-knn")
+    found = _scores("itemknn")
     # no similar film in the history: no opinion
     np.testing.assert_array_equal(np.isnan(found), expected == 0)
     np.testing.assert_allclose(np.nan_to_num(found), expected, atol=1e-5)
@@ -61,7 +61,7 @@ def test_item_knn_sums_cosine_similarities() -> None:
 def test_item_knn_with_one_neighbour_takes_each_films_nearest() -> None:
     """Film 4 stands with film 0 only; film 0 stands nearer to film 1 than to films 2 and 4."""
     one = RECIPE.model_copy(update={"knn_neighbours": (1,)})
-    found = _scores("item-knn", [np.array([4]), np.array([0]), np.array([4, 0])], one)
+    found = _scores("itemknn", [np.array([4]), np.array([0]), np.array([4, 0])], one)
     by_film_4, by_film_0 = 1 / np.sqrt(3), 2 / 3
     assert np.nan_to_num(found) == pytest.approx(
         np.array([[by_film_4, 0, 0, 0, 0, 0], [0, by_film_0, 0, 0, 0, 0],
@@ -69,7 +69,7 @@ def test_item_knn_with_one_neighbour_takes_each_films_nearest() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("recommender", ["popularity", "item-knn", "ease"])
+@pytest.mark.parametrize("recommender", ["popularity", "itemknn", "ease"])
 def test_scores_of_a_user_do_not_depend_on_company_or_on_a_second_fit(recommender: str) -> None:
     together = _scores(recommender)
     for row, films in enumerate(ASKED):
@@ -95,10 +95,10 @@ def test_taste_beats_popularity_where_there_is_taste() -> None:
         torch.set_num_threads(threads)
     table = result.frame
     assert share_tied == 0
-    assert table["recommender"].unique().tolist() == ["popularity", "item-knn", "ease"]
+    assert table["recommender"].unique().tolist() == ["popularity", "itemknn", "ease"]
     assert table["k"].tolist() == [5, 10] * 3
     at_5 = table[table["k"] == 5].set_index("recommender")
     # each user has 4 unmet films of the own group (3 and the target): a recommender that knows the
     # group has the target among its first 5; popularity lists the larger group to everyone
-    assert at_5.loc["ease", "hr"] == at_5.loc["item-knn", "hr"] == 1.0
+    assert at_5.loc["ease", "hr"] == at_5.loc["itemknn", "hr"] == 1.0
     assert at_5.loc["popularity", "hr"] < 0.75

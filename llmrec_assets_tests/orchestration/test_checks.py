@@ -152,9 +152,8 @@ def test_temporal_with_several_windows_a_test_user_reaches_the_metric_table(
     copied: tuple[Home, dg.DagsterInstance], temporal: Recipe
 ) -> None:
     home, instance = copied
-    result = home.materialize(
-        instance, *DRAWN, "baseline_recommendations", "user_metrics", "metric_table"
-    )
+    scored = ("user_metrics", "comparisons", "metric_table")
+    result = home.materialize(instance, *DRAWN, "baseline_recommendations", *scored)
     assert result.success
     store = home.store
     ratings = store.read_table("ratings", "sample").frame
@@ -303,20 +302,21 @@ def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
 
 
 def scored_on_seen_items(
-    lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame
+    lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame, protocol: str
 ) -> pd.DataFrame:
     """The films of the context pass for the ground truth, and marks of seen films are ignored."""
     return score(
         lists.assign(is_seen=False),
         prompts.assign(ground_truth_movie_ids=prompts["context_movie_ids"]),
         movies,
+        protocol,
     )
 
 
 def scored_on_another_k(
-    lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame
+    lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame, protocol: str
 ) -> pd.DataFrame:
-    return score(lists[lists["rank"] < lists["rank"].max()], prompts, movies)
+    return score(lists[lists["rank"] < lists["rank"].max()], prompts, movies, protocol)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_evaluate_scores_again_what_has_been_answered_without_a_model(
     assert "left out: dpo_responses is missing" in done.stderr
     lines = done.stdout.splitlines()
     stages = [line.split()[0] for line in lines if "popularity" in line or "/" in line]
-    assert stages[:4] == ["base", "sft", "popularity", "popularity"]
+    assert stages[:6] == ["base"] * 3 + ["sft"] * 3
     report = lines[-1].removeprefix("report: ")
     assert Path(report).is_file()
     after = home.current()
@@ -145,8 +145,14 @@ def test_sql_answers_and_names_the_tables_it_knows(
             "metric_table has not been materialized for sample|tiny: materialize it first "
             "(`make run`",
         ),
-        (["table", "--recipe", "tinny"], "no recipe named 'tinny': known recipes are cpu, paper,"),
-        (["run", "--recipe", "tinny"], "no recipe named 'tinny': known recipes are cpu, paper,"),
+        (
+            ["table", "--recipe", "tinny"],
+            "no recipe named 'tinny': known recipes are cpu, cpu-anonymised,",
+        ),
+        (
+            ["run", "--recipe", "tinny"],
+            "no recipe named 'tinny': known recipes are cpu, cpu-anonymised,",
+        ),
         (
             ["table", "--dataset", "ml-20m"],
             "no data set named 'ml-20m': known are ",

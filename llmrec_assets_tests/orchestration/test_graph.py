@@ -113,14 +113,14 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
 def test_leave_last_out_ranks_the_last_film_of_every_user(events, finished: FinishedRun) -> None:
     table = finished.home.store.read_table("leave_last_out", PARTITION).frame
     assert table["recommender"].tolist() == [
-        name for name in ("popularity", "item-knn", "ease") for _ in range(2)
+        name for name in ("popularity", "itemknn", "ease") for _ in range(2)
     ]
     assert table["k"].tolist() == [5, 10] * 3
     assert set(table["n_users"]) == {500} and table["n_items"].max() <= 260
     at_10 = table[table["k"] == 10]
     assert at_10["hr"].between(at_10["hr_low"], at_10["hr_high"]).all()
     assert (at_10["hr_low"] > 10 / 260).all()  # better than chance
-    for name in ("popularity", "item-knn", "ease"):
+    for name in ("popularity", "itemknn", "ease"):
         assert 0 <= metadata(events["leave_last_out"], f"seconds_{name}") < 60
 
 
@@ -131,7 +131,7 @@ def test_comparisons_and_groups_stand_on_the_same_users(finished: FinishedRun) -
     assert set(compared["n_users"]) == set(table["n_users"])
     assert compared["reason"].value_counts().to_dict() == {
         "predecessor": 9,
-        "free text": 8,
+        "free decoding": 8,
         "best classical": 12 + 5 + 6,  # every row but the best of its information set
         "popularity": 12 * 2 + 5 + 6,  # an LLM's rows against both popularity lists
     }

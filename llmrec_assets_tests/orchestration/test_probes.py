@@ -23,7 +23,8 @@ PARTITION = "sample|tiny"
 ASKED_AGAIN = (
     *("catalogue", "interaction_windows", "prompts", "sft_checkpoint", "sft_responses"),
     *("sft_recommendations", "sampled_responses", "preference_pairs", "baseline_recommendations"),
-    *("user_metrics", "metric_table", "sample_recommendations", "report"),
+    *("user_metrics", "comparisons", "group_metrics", "beyond_accuracy", "metric_table"),
+    *("sample_recommendations", "report"),
 )
 
 

@@ -251,19 +251,12 @@ def _ground(
     problems = response_problems(
         responses, stage, storage.store(), context.partition_key, prompts.version
     )
-    frame = ground_responses(
-        responses, prompts.frame, ratings, catalogue, recipe.grounding, recipe.windows.top_k
-    )
-    yield from blocking_checks(
-        f"{stage}_recommendations",
-        {
-            _CURRENT: problems,
-            _SURVIVES: parsing_problems(catalogue, recipe.grounding),
-            _CONTRACT: constrained_problems(
-                frame, prompts.frame, ratings, catalogue, recipe.windows.top_k
-            ),
-        },
-    )
+    unread = parsing_problems(catalogue, recipe.grounding)
+    yield from blocking_checks(f"{stage}_recommendations", {_CURRENT: problems, _SURVIVES: unread})
+    top_k = recipe.windows.top_k
+    frame = ground_responses(responses, prompts.frame, ratings, catalogue, recipe.grounding, top_k)
+    broken = constrained_problems(frame, prompts.frame, ratings, catalogue, top_k)
+    yield from blocking_checks(f"{stage}_recommendations", {_CONTRACT: broken})
     yield table_result(f"{stage}_recommendations", frame, validity(frame))
 
 
