@@ -16,6 +16,7 @@ from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.evaluation import user_metrics as score
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.recipes import Recipe, WindowRecipe, WindowsPerUser, load_recipe
+from llmrec_assets.ground.recommendations import STAGE_ORDER
 from llmrec_assets.ground.schemas import RECOMMENDATIONS
 from llmrec_assets.ground.splits import split_users, temporal_split_time
 from llmrec_assets.ground.stages import RECOMMENDATION_TABLES
@@ -170,9 +171,16 @@ def test_temporal_with_several_windows_a_test_user_reaches_the_metric_table(
     table = store.read_table("metric_table", "sample|tiny").frame
     assert set(scores["protocol"]) == set(table["protocol"]) == {"temporal"}
     # the language model's stages answered other prompts: left out, not mixed in
-    assert set(table["stage"]) == {"popularity"}
-    history = scores[scores["information_set"] == "history"]
-    row = table[table["information_set"] == "history"].iloc[0]
+    assert not set(table["stage"]) & set(STAGE_ORDER)
+    history, popular = (
+        frame[(frame["stage"] == "popularity") & (frame["information_set"] == "history")]
+        for frame in (scores, table)
+    )
+    row = popular.iloc[0]
+    # and the fits knew nothing of what came after the global time
+    (fitted,) = result.asset_materializations_for_node("baseline_recommendations")
+    until = {record["stage"]: record["until"] for record in fitted.metadata["fits"].value}
+    assert until["popularity"] == until["ease"] == until["sasrec"] == split_time
     per_user = history.groupby("user_id")["ndcg"]
     assert per_user.size().max() == 3
     assert (row["n_users"], row["n_windows"]) == (per_user.ngroups, len(history))
