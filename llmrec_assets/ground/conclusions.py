@@ -20,7 +20,8 @@ from llmrec_assets.ground.report import row_labels, row_of
 
 def verdict(metric_table: pd.DataFrame, comparisons: pd.DataFrame) -> str:
     """What the rows of one protocol allow to be said, in one paragraph: what is missing, whether
-    an LLM row beats popularity, whether training and decoding made a difference."""
+    an LLM row beats popularity or the best classical row, whether training and decoding made a
+    difference."""
     if metric_table.empty:
         return "No stage has been scored: the metric table is empty, so nothing can be said."
     labels = row_labels(metric_table)
@@ -33,6 +34,9 @@ def verdict(metric_table: pd.DataFrame, comparisons: pd.DataFrame) -> str:
     stages = set(metric_table["stage"])
     said += [f"{stage} is missing." for stage in STAGE_ORDER if stage not in stages]
     said += _against_popularity(metric_table, comparisons, labels)
+    models = comparisons[comparisons["stage"].isin(STAGE_ORDER)]
+    pairs = models[models["reason"] == "best classical"]
+    said += [_tally(pairs, "than the best classical row", labels)] if len(pairs) else []
     for reason, subject in (
         ("predecessor", "the stage they were trained from"),
         ("free decoding", "free text of the same stage"),

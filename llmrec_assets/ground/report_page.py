@@ -230,7 +230,7 @@ def _notes(dataset: str, published: PublishedTable | None) -> list[str]:
         "In brackets: percentile bootstrap over users at the recipe's confidence; a row without "
         "a hit has the exact upper bound instead. Differences are paired by user. An item that is "
         "not in the catalogue, repeats or was already seen is a miss that keeps its rank. "
-        "Classical lists leave out what they see: the whole history, or only the prompt."
+        "Lists other than free text and `ranking-shown` leave out every film rated by the cut-off."
     )
     if published is None:
         return [ours, f"No published figures are comparable: the paper has none for {dataset}."]
