@@ -53,6 +53,16 @@ def test_training_made_a_difference_only_where_it_is_shown(difference, p, says) 
     assert says in told(pair("sft", "base", difference, p))
 
 
+def test_the_best_classical_row_is_a_bar_for_the_models_alone() -> None:
+    knn = ("itemknn", "ranking", "prompt")
+    text = told(
+        pair("sft", knn, -0.08, 0.001, "best classical"),
+        pair("base", knn, -0.01, 0.2, "best classical"),
+        pair("popularity", knn, -0.08, 0.001, "best classical"),
+    )
+    assert "Shown to be worse than the best classical row: sft. For 1 row no difference" in text
+
+
 def test_without_popularity_or_models_or_rows_nothing_is_claimed() -> None:
     assert "whether the LLM beats it cannot be said" in verdict(
         metric_table(row("sft")), comparisons()
