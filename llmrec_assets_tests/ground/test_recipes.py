@@ -117,8 +117,9 @@ def test_the_anonymised_control_differs_from_cpu_in_the_titles_alone():
 
 def test_only_the_papers_decoding_is_on_by_default_and_in_the_papers_recipe():
     assert load_recipe("paper").generation.decodings == ("free",)
-    for name in ("cpu", "tiny", "quickstart"):
+    for name in ("cpu", "cpu-anonymised", "tiny"):
         assert load_recipe(name).generation.decodings == ("free", "constrained", "ranked")
+    assert load_recipe("quickstart").generation.decodings == ("free", "ranked")
 
 
 def test_a_decodings_settings_are_those_it_depends_on():
