@@ -8,8 +8,14 @@ import pandas as pd
 import pytest
 
 from llmrec_assets.ground import answers
-from llmrec_assets.ground.answers import ground_responses, parsing_problems, validity
+from llmrec_assets.ground.answers import (
+    constrained_problems,
+    ground_responses,
+    parsing_problems,
+    validity,
+)
 from llmrec_assets.ground.recipes import GroundingRecipe
+from llmrec_assets.ground.recommendations import recommendation_frame
 from llmrec_assets.ground.schemas import RECOMMENDATIONS
 from llmrec_assets.ground.tables import conform
 
@@ -160,3 +166,22 @@ def test_a_title_that_does_not_survive_is_named(monkeypatch: pytest.MonkeyPatch)
     assert problems[0].startswith('movies: "Schindler\'s List (1993)" (film 2) is read out of [')
     assert "as 'Schindler', film None" in problems[0]
     assert parsing_problems(MOVIES[~MOVIES["title"].str.contains("'")], GroundingRecipe()) == []
+
+
+def test_lists_decoded_over_the_catalogue_keep_the_contract_and_free_text_is_exempt() -> None:
+    movies = pd.DataFrame({"movie_id": [1, 2, 3], "canonical_movie_id": [1, 2, 3]})
+    windows = pd.DataFrame({"user_id": [7], "window_index": [0], "cutoff_timestamp": [10]})
+    ratings = pd.DataFrame({"user_id": [7], "movie_id": [1], "rating": [4], "timestamp": [5]})
+
+    def problems(decoding: str, films: list[int]) -> list[str]:
+        rows = [
+            (7, 0, "sft", decoding, "prompt", rank, "text", film, "exact", None, False, film == 1,
+             "p", "c", "a")
+            for rank, film in enumerate(films, start=1)
+        ]  # fmt: skip
+        return constrained_problems(recommendation_frame(rows), windows, ratings, movies, 2)
+
+    assert problems("ranked", [2, 3]) == []
+    assert "film 1 is already seen" in problems("ranked", [1, 3])[0]
+    assert "film 3 is repeated" in problems("constrained", [3, 3])[0]
+    assert problems("free", [1, 1]) == []
