@@ -29,6 +29,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from llmrec_assets.ground.recipes import DpoRecipe
 from llmrec_assets.models.device import Device, usable_dtype
+from llmrec_assets.models.fast_layers import last_positions, speed_up
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.pairs import (
     TokenizedPair,
@@ -52,17 +53,17 @@ def answer_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tenso
     """Log-probability of each row's answer given its prompt, summed over its tokens, [rows].
 
     Args:
-        inputs: ``input_ids``, ``attention_mask`` and ``completion_mask``, each [rows, length],
-            padded on the right. Logits are computed from the first answer on only.
+        inputs: ``input_ids`` and ``completion_mask``, each [rows, length], padded on the right:
+            attention is causal, so no answer sees padding and no attention mask is needed. Logits
+            are computed from the first answer on only.
     """
     answers = inputs["completion_mask"].bool()
     # Position t is predicted from t - 1.
     first = int(answers.any(dim=0).nonzero()[0])
     logits = model(
         input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
         use_cache=False,
-        logits_to_keep=answers.shape[1] - first + 1,
+        logits_to_keep=last_positions(answers.shape[1] - first + 1),
     ).logits
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), inputs["input_ids"][:, first:], reduction="none"
@@ -227,6 +228,7 @@ def train_dpo_on_pairs(
         peft_config=lora_config(recipe.lora, "CAUSAL_LM"),
         callbacks=[ReportProgress("DPO", progress, recipe.batch_size)],
     )
+    speed_up(trainer.model)
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     adapter_dir = save_adapter(trainer.model, work_dir / "adapter", base_dir.name)

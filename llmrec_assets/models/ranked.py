@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.constrained import require_films
+from llmrec_assets.models.fast_layers import last_positions
 from llmrec_assets.models.sampling import RoomyLayer
 from llmrec_assets.models.trie import CatalogueTries, Trie
 
@@ -93,7 +94,7 @@ def rank_titles(
         position_ids=(tokens.cumsum(dim=-1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_positions(1),
     ).logits
 
     live = list(range(len(prompts)))  # the prompt of each row of the batch

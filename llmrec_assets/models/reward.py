@@ -41,6 +41,7 @@ from llmrec_assets.ground.intervals import bootstrap_means
 from llmrec_assets.ground.recipes import EvaluationRecipe, RewardRecipe
 from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, usable_dtype
+from llmrec_assets.models.fast_layers import speed_up
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.pairs import (
     TokenizedPair,
@@ -181,6 +182,7 @@ def train_reward_on_pairs(
         peft_config=lora_config(recipe.lora, "SEQ_CLS"),
         callbacks=[ReportProgress("reward model", progress, recipe.batch_size)],
     )
+    speed_up(trainer.model)
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     adapter_dir = save_adapter(trainer.model, work_dir / "adapter", base_dir.name)

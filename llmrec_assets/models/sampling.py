@@ -23,6 +23,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from llmrec_assets.ground.errors import ModelError
+from llmrec_assets.models.fast_layers import last_positions
 
 #: Tokens of room that the cache takes at a time.
 _ROOM = 32
@@ -176,7 +177,7 @@ def sample_tokens(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last_positions(1),
         )
         return output.logits[:, -1]
 

@@ -27,7 +27,7 @@ from llmrec_assets.ground.errors import DataError, RecipeError
 from llmrec_assets.ground.recipes import SftRecipe
 from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
-from llmrec_assets.models.fast_layers import speed_up
+from llmrec_assets.models.fast_layers import last_positions, speed_up
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.training import (
     ReportProgress,
@@ -102,7 +102,7 @@ class _CompletionTrainer(SFTTrainer):
         outputs = model(
             input_ids=inputs["input_ids"],
             use_cache=False,
-            logits_to_keep=labels.shape[1] - first + 1,
+            logits_to_keep=last_positions(labels.shape[1] - first + 1),
         )
         loss = torch.nn.functional.cross_entropy(
             outputs.logits[:, :-1].flatten(0, 1).float(),

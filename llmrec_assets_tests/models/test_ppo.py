@@ -285,7 +285,7 @@ def test_what_pays_becomes_likelier_and_kl_stays_bounded(
         epochs_per_batch=4,
         kl_target=0.1,
         kl_coefficient=0.1,
-        learning_rate=5e-3,
+        learning_rate=3e-3,  # at 5e-3 the path hangs on rounding: KL ends between 8 and 31 by seed
         temperature=0.6,
     )
     rewards, kl = _curve(facts, "reward"), _curve(facts, "kl")
