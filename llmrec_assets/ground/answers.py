@@ -13,7 +13,7 @@ import pandas as pd
 
 from llmrec_assets.ground.completions import parse_response, render_completion
 from llmrec_assets.ground.grounding import Catalogue, Grounder
-from llmrec_assets.ground.recipes import GenerationRecipe, GroundingRecipe
+from llmrec_assets.ground.recipes import HYBRID, GenerationRecipe, GroundingRecipe
 from llmrec_assets.ground.recommendations import seen_sets, slots
 from llmrec_assets.ground.recommender import contract_problems
 from llmrec_assets.ground.store import checkpoint_version
@@ -22,19 +22,31 @@ from llmrec_assets.ground.store import checkpoint_version
 _TITLES_PER_ANSWER = 5
 
 
-def answer_versions(recipe: GenerationRecipe, seed: int, code: str) -> dict[str, str]:
+def answer_versions(
+    recipe: GenerationRecipe, seed: int, code: str, candidates_version: str | None = None
+) -> dict[str, str]:
     """Per decoding the version of how it answers; a stage's rows compare where it is equal.
 
     A decoding's version does not change with the settings of another one. Rankings draw nothing,
     so theirs does not change with the seed either.
+
+    Args:
+        candidates_version: of what the hybrid ranks (``Candidates.version``).
+
+    Raises:
+        ValueError: the recipe has the hybrid, and no version of its candidates is given.
     """
     versions: dict[str, str] = {}
-    for name in recipe.decodings:
+    for name in recipe.rows:
         determinants: dict[str, object] = {"generation": recipe.settings(name), "code": code}
-        if name != "ranked":
+        if name not in ("ranked", HYBRID):
             determinants["seed"] = seed
         if name != "free":
             determinants["decoding"] = name
+        if name == HYBRID:
+            if candidates_version is None:
+                raise ValueError(f"{name} answers need the version of their candidates")
+            determinants["candidates"] = candidates_version
         versions[name] = checkpoint_version("responses", determinants)
     return versions
 

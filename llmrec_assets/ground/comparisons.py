@@ -13,8 +13,9 @@ import pandas as pd
 
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.intervals import bootstrap_means
-from llmrec_assets.ground.recipes import EvaluationRecipe
+from llmrec_assets.ground.recipes import HYBRID, EvaluationRecipe
 from llmrec_assets.ground.recommendations import LIST_KEY, STAGE_ORDER, Row, stage_key, typed
+from llmrec_assets.ground.recommender import RANKING
 from llmrec_assets.ground.schemas import COMPARISONS
 from llmrec_assets.ground.significance import holm, sign_flip_p_values, users_needed
 
@@ -31,7 +32,8 @@ def comparison_pairs(rows: Sequence[Row], ndcg: Mapping[Row, float]) -> list[tup
     """The comparisons of one protocol as (reason, row, other row), in the order they are told.
 
     ``predecessor``: a stage to the one it was trained from, under one decoding and information
-    set. ``free decoding``: another decoding to the free text of the same stage. ``best
+    set. ``free decoding``: another decoding to the free text of the same stage. ``proposer``: a
+    hybrid to the recommender that proposed what it ranks, in that one's own order. ``best
     classical``: every row to the classical one of its information set with the highest estimate.
     ``popularity``: every row to popularity under its information set, and the LLM's also to
     popularity that sees more. The best classical row is picked on the users it is then tested on,
@@ -51,6 +53,9 @@ def comparison_pairs(rows: Sequence[Row], ndcg: Mapping[Row, float]) -> list[tup
     for row in rows:
         free = [other for other in rows if other[:2] == (row[0], "free") and row[1] != "free"]
         pairs += [("free decoding", row, other) for other in free]
+    for row in rows:
+        own = ("ease", RANKING, row[2])
+        pairs += [("proposer", row, own)] if row[1] == HYBRID and own in there else []
     classical = [row for row in rows if not is_model(row)]
     for row in rows:
         alike = [other for other in classical if other[2] == row[2]]

@@ -40,6 +40,7 @@ def verdict(metric_table: pd.DataFrame, comparisons: pd.DataFrame) -> str:
     for reason, subject in (
         ("predecessor", "the stage they were trained from"),
         ("free decoding", "free text of the same stage"),
+        ("proposer", "EASE's own order of the films that the hybrid ranks"),
     ):
         pairs = comparisons[comparisons["reason"] == reason]
         said += [_tally(pairs, f"than {subject}", labels)] if len(pairs) else []

@@ -273,6 +273,10 @@ class RlhfRecipe(Section):
 
 
 DecodingName = Literal["free", "constrained", "ranked"]
+#: The row of ``candidates: ease``: EASE proposes films, the language model orders them.
+HYBRID = "ranked-ease"
+_SAMPLED = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
+_PROPOSED = {"candidates", "candidates_per_prompt"}
 
 
 class GenerationRecipe(Section):
@@ -280,13 +284,14 @@ class GenerationRecipe(Section):
 
     ``decodings``: ``free`` text (the paper's); ``constrained``, a list of distinct unseen titles
     drawn under a mask; ``ranked``, the most probable unseen titles by a search of ``beams`` beams.
-    Each is rows of its own in the metric table. ``candidates: ease`` would rank within EASE's list,
-    a hybrid; it is not wired to EASE yet.
+    Each is rows of its own in the metric table. ``candidates: ease`` adds the hybrid
+    ``ranked-ease``: the model ranks EASE's ``candidates_per_prompt`` best films.
     """
 
     decodings: Annotated[tuple[DecodingName, ...], Field(min_length=1)] = ("free",)
     beams: Count = 40
     candidates: Literal["none", "ease"] = "none"
+    candidates_per_prompt: Count = 40
     max_new_tokens: Count = 128
     batch_size: Count = 16
     do_sample: bool = False
@@ -299,21 +304,24 @@ class GenerationRecipe(Section):
     def _decodings_are_offered(self) -> GenerationRecipe:
         if len(set(self.decodings)) != len(self.decodings):
             raise ValueError(f"decodings {', '.join(self.decodings)} name one twice")
-        if self.candidates != "none":
-            raise ValueError(
-                "candidates: ease is not offered yet: models.answers.answer_test_prompts takes "
-                "candidate lists, the graph does not hand it EASE's; use candidates: none"
-            )
         return self
 
-    def settings(self, decoding: DecodingName) -> dict[str, object]:
-        """The values that one decoding's answers depend on."""
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Every way in which the test prompts are answered, as the metric table names it."""
+        return (*self.decodings, *([HYBRID] if self.candidates == "ease" else []))
+
+    def settings(self, row: str) -> dict[str, object]:
+        """The values that the answers of one of ``rows`` depend on."""
         unused = {
-            "free": {"beams", "candidates"},
-            "constrained": {"beams", "candidates", "max_new_tokens"},
-            "ranked": {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p"},
+            "free": {"beams"} | _PROPOSED,
+            "constrained": {"beams", "max_new_tokens"} | _PROPOSED,
+            "ranked": _SAMPLED | _PROPOSED,
+            HYBRID: {"beams"} | _SAMPLED,
         }
-        return self.model_dump(exclude={"decodings"} | unused[decoding])
+        settings = self.model_dump(exclude={"decodings"} | unused[row])
+        # a version is a hash of these: the answers there are say so
+        return settings | ({"candidates": "none"} if row == "ranked" else {})
 
 
 class GroundingRecipe(Section):
@@ -453,10 +461,16 @@ class Recipe(Section):
     leave_last_out: LeaveLastOutRecipe = LeaveLastOutRecipe()
 
     @model_validator(mode="after")
-    def _beams_fill_the_list(self) -> Recipe:
+    def _lists_can_be_filled(self) -> Recipe:
         if "ranked" in self.generation.decodings and self.generation.beams < self.windows.top_k:
             raise ValueError(
                 f"generation.beams {self.generation.beams} cannot fill lists of windows.top_k "
+                f"{self.windows.top_k}"
+            )
+        proposed = self.generation.candidates_per_prompt
+        if HYBRID in self.generation.rows and proposed < self.windows.top_k:
+            raise ValueError(
+                f"generation.candidates_per_prompt {proposed} cannot fill lists of windows.top_k "
                 f"{self.windows.top_k}"
             )
         return self

@@ -1,16 +1,17 @@
 """The contract of a recommender, and the lists it gives as a table.
 
 What belongs here: what a recommender may know of a window (its information set), the protocol
-every classical recommender implements, its lists as ``RECOMMENDATIONS``, and whether a table of
-lists keeps the contract. What does not: any recommender (``baselines``, the models floor), what its
-fit was allowed to see (``fits``), and what a list is worth (``evaluation``).
+every classical recommender implements, its lists as ``RECOMMENDATIONS`` or as candidates for
+another, and whether a table of lists keeps the contract. What does not: any recommender
+(``baselines``, the models floor), what its fit was allowed to see (``fits``), and what a list is
+worth (``evaluation``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -21,6 +22,7 @@ from llmrec_assets.ground.recommendations import (
     canonical_ids,
     recommendation_frame,
 )
+from llmrec_assets.ground.store import checkpoint_version
 
 #: Decoding of lists that leave out every film rated by the cut-off, as a deployed system would.
 RANKING = "ranking"
@@ -63,6 +65,23 @@ class Recommender(Protocol):
     def recommend(self, windows: Sequence[Window], top_k: int) -> list[list[int]]:
         """One list a window, best first: ``top_k`` films, fewer only where the catalogue ends."""
         ...
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Films that another recommender puts forward: canonical ids by (user id, window index).
+
+    ``fit``: what tells this recommender from others of its kind, JSON values.
+    """
+
+    films: Mapping[tuple[int, int], frozenset[int]]
+    fit: Mapping[str, Any]
+
+    @property
+    def version(self) -> str:
+        """Changes with the films of any window, and with the fit."""
+        films = [[*key, *sorted(own)] for key, own in sorted(self.films.items())]
+        return checkpoint_version("candidates", {"films": films, "fit": dict(self.fit)})
 
 
 def windows_of(

@@ -11,7 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from llmrec_assets.ground.recipes import HYBRID
 from llmrec_assets.ground.recommendations import LIST_KEY, Row
+
+#: Decodings whose name does not say whose merit a list is.
+_TOLD = {HYBRID: f"{HYBRID} (hybrid: EASE proposes, the LLM orders)"}
 
 
 def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
@@ -33,7 +37,7 @@ def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "stage": row["stage"],
-                "decoding": row["decoding"],
+                "decoding": _TOLD.get(row["decoding"], row["decoding"]),
                 "sees": row["information_set"],
                 "users": row["n_users"],
                 "hits": f"{row['hits']}/{row['n_windows'] * k}",
@@ -94,7 +98,14 @@ def row_labels(table: pd.DataFrame) -> dict[Row, str]:
     has several."""
     rows = list(dict.fromkeys(map(row_of, table[LIST_KEY].to_dict("records"))))
     lists = Counter(stage for stage, _, _ in rows)
-    return {row: row[0] + (f" ({row[1]}, {row[2]})" if lists[row[0]] > 1 else "") for row in rows}
+    labels = {}
+    for stage, decoding, information_set in rows:
+        told = f"{decoding}, a hybrid" if decoding == HYBRID else decoding
+        several = lists[stage] > 1 or decoding == HYBRID
+        labels[stage, decoding, information_set] = stage + (
+            f" ({told}, {information_set})" if several else ""
+        )
+    return labels
 
 
 def p_value(value: Any) -> str:

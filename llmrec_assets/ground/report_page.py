@@ -31,6 +31,7 @@ from llmrec_assets.ground.pages import (
     render_markdown,
 )
 from llmrec_assets.ground.published import PUBLISHED, SOURCE, PublishedTable
+from llmrec_assets.ground.recipes import HYBRID
 from llmrec_assets.ground.recommendations import STAGE_ORDER, stage_key
 from llmrec_assets.ground.report import readable, row_labels, row_of
 from llmrec_assets.ground.report_sections import forest, protocol_sections
@@ -46,6 +47,11 @@ _EXPECTED = (
 #: Shown in a section of their own.
 _PAIR_FACTS = ("sampled_responses", "preference_pairs")
 _METRICS = ("NDCG", "Precision", "Recall")
+_HYBRID_WORDS = (
+    f"`{HYBRID}` is a hybrid: EASE, fitted on training users and told what the prompt shows, "
+    "proposes films, and the LLM orders them. Its hits are not the LLM's alone, whatever it beats; "
+    "what the LLM adds is its difference to `ease` under the same information set."
+)
 _SHOWN_BEFORE_STAGES = ("liked", "disliked", "ground truth")
 
 
@@ -176,6 +182,8 @@ def _stages(
     ]
     blocks += forest(metric_table, slug)
     blocks += [Paragraph(line) for line in _notes(dataset, published)]
+    if any(row["decoding"] == HYBRID for row in rows):
+        blocks.append(Paragraph(_HYBRID_WORDS))
     if rows:
         blocks.append(_validity(rows))
     return blocks

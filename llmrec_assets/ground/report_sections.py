@@ -24,6 +24,7 @@ from llmrec_assets.ground.report import readable_pairs, row_labels, row_of
 _REASONS = {
     "predecessor": "Each stage and the one it was trained from",
     "free decoding": "Each decoding and free text of the same stage",
+    "proposer": "Each hybrid and EASE, whose films it ranks, in EASE's own order",
     "best classical": "Each row and the best classical one that sees as much",
     "popularity": "Each row and popularity",
 }

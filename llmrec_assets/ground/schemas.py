@@ -121,7 +121,8 @@ RESPONSES = _schema(
         "decoding",
         pa.string(),
         False,
-        "'free' text, a 'constrained' list, or the 'ranked' titles, rendered",
+        "'free' text, a 'constrained' list, the 'ranked' titles, or those of EASE's films "
+        "('ranked-ease', a hybrid), rendered",
     ),
     ("response", pa.string(), False, "raw text, as generated"),
     ("n_prompt_tokens", pa.int32(), False, "tokens of the rendered prompt"),
@@ -270,7 +271,7 @@ COMPARISONS = _schema(
         "reason",
         pa.string(),
         False,
-        "'predecessor', 'free decoding', 'best classical' or 'popularity'",
+        "'predecessor', 'free decoding', 'proposer', 'best classical' or 'popularity'",
     ),
     *_ROW[1:],
     ("versus_stage", pa.string(), False, "stage of the row it is compared to"),
@@ -375,7 +376,12 @@ MEMORISATION = _schema(
 
 LEAVE_LAST_OUT = _schema(
     ("recommender", pa.string(), False, "'popularity', 'itemknn' or 'ease'"),
-    ("setting", pa.string(), False, "hyperparameter chosen on the last film but one; '': none"),
+    (
+        "setting",
+        pa.string(),
+        False,
+        "hyperparameters, chosen on the last film but one among those of the recipe; '': none",
+    ),
     ("k", pa.int16(), False, "list length"),
     ("n_users", pa.int32(), False, "users with enough films, one target each"),
     ("n_items", pa.int32(), False, "films ranked, less those the user has met"),

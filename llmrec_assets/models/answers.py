@@ -14,8 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from llmrec_assets.ground.recipes import DecodingName, GenerationRecipe
+from llmrec_assets.ground.recipes import HYBRID, GenerationRecipe
 from llmrec_assets.ground.recommendations import WINDOW_KEY, evaluated_prompts, seen_sets
+from llmrec_assets.ground.recommender import Candidates
+from llmrec_assets.models.constrained import require_films
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.generation import Lists, Response, generate_responses, ranked_responses
 from llmrec_assets.models.loading import load_policy
@@ -29,14 +31,6 @@ class Answers:
 
     frame: pd.DataFrame
     facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Films that another recommender, ``name``, puts forward: canonical ids by (user, window)."""
-
-    name: str
-    films: Mapping[tuple[int, int], frozenset[int]]
 
 
 def answer_test_prompts(
@@ -58,10 +52,11 @@ def answer_test_prompts(
     progress: Progress = silent,
 ) -> Answers:
     """Answers every test prompt, or those of the first ``max_users`` test users by id, once by each
-    of the recipe's decodings.
+    of the recipe's ``rows``.
 
-    ``constrained`` and ``ranked`` leave out every film rated by the window's cut-off, as a deployed
-    catalogue filter would; the prompt is the same.
+    All but ``free`` leave out every film rated by the window's cut-off, as a deployed catalogue
+    filter would; the prompt is the same. The hybrid ranks all of a window's candidates, no beam
+    left out.
 
     Args:
         prompts: rows of ``schemas.PROMPTS``; only ``split == "test"`` is asked.
@@ -70,38 +65,52 @@ def answer_test_prompts(
             stage. None: the base model itself.
         answer_versions: by decoding (``ground.answers.answer_versions``).
         top_k: titles of a list.
-        candidates: ``ranked`` ranks only these; the decoding is then named for the hybrid it is,
-            ``ranked-<name>``.
+        candidates: what the hybrid ranks.
 
     Raises:
-        ModelError: the tokenizer's lists cannot be constrained, or a window has too few films.
-        KeyError: ``candidates`` lacks a window.
+        ModelError: the tokenizer's lists cannot be constrained, or a window has too few films, or
+            too few candidates; nothing has been generated then.
+        ValueError: the recipe has the hybrid and there are no candidates.
     """
+    if HYBRID in recipe.rows and candidates is None:
+        raise ValueError(f"{HYBRID} answers need candidates")
     test = evaluated_prompts(prompts, max_users)
     keys = list(zip(*(test[name].tolist() for name in WINDOW_KEY), strict=True))
     started = time.monotonic()
     model, tokenizer = load_policy(
         base_dir, adapters, dtype=usable_dtype(device, recipe.dtype), device=device.torch
     )
-    constrained = set(recipe.decodings) - {"free"}
+    constrained = set(recipe.rows) - {"free"}
     tries = catalogue_tries(tokenizer, movies, top_k) if constrained else None
     seen = seen_sets(test, ratings, movies) if constrained else {}
 
-    def lists(films: Mapping[tuple[int, int], frozenset[int]] | None = None) -> Lists:
+    def lists(decoding: str) -> Lists:
         assert tries is not None
-        return Lists(
-            tries,
-            [f"user {user}, window {window}" for user, window in keys],
-            [tries.open_titles(seen[key], None if films is None else films[key]) for key in keys],
-        )
+        among = candidates.films if candidates and decoding == HYBRID else None
+        names = [f"user {user}, window {window}" for user, window in keys]
+        opened = [
+            tries.open_titles(seen[key], None if among is None else among.get(key, frozenset()))
+            for key in keys
+        ]
+        for name, titles in zip(names, opened, strict=True):
+            require_films(tries, name, titles)
+        return Lists(tries, names, opened)
 
-    def answers(decoding: DecodingName) -> list[Response]:
+    lists_of = {decoding: lists(decoding) for decoding in recipe.rows if decoding != "free"}
+
+    def answers(decoding: str) -> list[Response]:
         what = f"{stage} responses, {decoding}"
         asked = test["prompt"].tolist()
-        if decoding == "ranked":
-            open_lists = lists(None if candidates is None else candidates.films)
+        if decoding in ("ranked", HYBRID):
             return ranked_responses(
-                model, tokenizer, asked, recipe, open_lists, what=what, progress=progress
+                model,
+                tokenizer,
+                asked,
+                recipe,
+                lists_of[decoding],
+                exact=decoding == HYBRID,
+                what=what,
+                progress=progress,
             )
         return generate_responses(
             model,
@@ -110,21 +119,20 @@ def answer_test_prompts(
             recipe,
             seed=seed,
             keys=keys,
-            lists=None if decoding == "free" else lists(),
+            lists=lists_of.get(decoding),
             what=what,
             progress=progress,
         )
 
     frames: list[pd.DataFrame] = []
     costs: dict[str, float] = {}
-    for decoding in recipe.decodings:
+    for decoding in recipe.rows:
         begun = time.monotonic()
         responses = answers(decoding)
         seconds = time.monotonic() - begun
-        name = f"ranked-{candidates.name}" if candidates and decoding == "ranked" else decoding
         frame = test[WINDOW_KEY].reset_index(drop=True)
         frame["stage"] = stage
-        frame["decoding"] = name
+        frame["decoding"] = decoding
         frame["response"] = [r.text for r in responses]
         frame["n_prompt_tokens"] = [r.n_prompt_tokens for r in responses]
         frame["n_response_tokens"] = [r.n_response_tokens for r in responses]
@@ -135,9 +143,9 @@ def answer_test_prompts(
         frames.append(frame)
         n_tokens = int(frame["n_response_tokens"].sum())
         costs |= {
-            f"{name}_seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
-            f"{name}_tokens_per_prompt": round(n_tokens / max(len(frame), 1), 1),
-            f"{name}_share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
+            f"{decoding}_seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
+            f"{decoding}_tokens_per_prompt": round(n_tokens / max(len(frame), 1), 1),
+            f"{decoding}_share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
         }
     frame = pd.concat(frames, ignore_index=True)
     return Answers(

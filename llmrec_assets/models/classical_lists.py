@@ -1,4 +1,4 @@
-"""All classical lists for the test windows: fitted, tuned, checked.
+"""All classical lists for the test windows, and EASE's candidates: fitted, tuned, checked.
 
 What belongs here: which recommender answers which windows with which hyperparameters. What does
 not: the recommenders (``classical``, ``sasrec``, ``llmrec_assets.ground.baselines``), what they may
@@ -37,6 +37,7 @@ from llmrec_assets.ground.recommender import (
     INFORMATION_SETS,
     RANKING,
     RANKING_SHOWN,
+    Candidates,
     Recommender,
     Window,
     contract_problems,
@@ -61,6 +62,15 @@ class ClassicalLists:
     frame: pd.DataFrame
     facts: dict[str, Any]
     problems: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """``problems``: why the candidates must not be used."""
+
+    candidates: Candidates
+    validation_ndcg: float
+    problems: list[str]
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,8 @@ class Tables:
         test = evaluated_prompts(prompts, recipe.evaluation.max_test_users)
         validation = prompts[prompts["split"] == "validation"]
         self.seen = seen_sets(test, ratings, movies)
+        #: Users whose windows chose hyperparameters, noted where their ground truth is read.
+        self.tuned_on: set[int] = set()
         self.test = self._told(test)
         self.validation = self._told(validation)
         self.truth = {
@@ -135,6 +147,7 @@ class Tables:
         windows = self.validation[information_set]
         scores = []
         for window, films in zip(windows, recommender.recommend(windows, self.top_k), strict=True):
+            self.tuned_on.add(window.user_id)
             slots = [*films, *[None] * (self.top_k - len(films))]
             truth = self.truth[window.key]
             scores.append(ndcg(slot_gains(slots, truth, window.hidden), len(truth)))
@@ -231,21 +244,76 @@ def classical_lists(
     )
 
 
+def ease_candidates(
+    prompts: pd.DataFrame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    recipe: Recipe,
+    *,
+    seed: int,
+) -> Proposal:
+    """The unseen films that EASE ranks first for each test prompt, told what the prompt shows:
+    fitted and tuned as its row ``prompt`` of ``classical_lists`` is, only the lists are longer.
+
+    Args: as ``classical_lists``; of the recipe also ``generation.candidates_per_prompt``.
+    """
+    name, length = "prompt", recipe.generation.candidates_per_prompt
+    tables = Tables(prompts, user_splits, ratings, movies, recipe, seed)
+    windows = tables.test[name]
+    events = tables.events()
+    record = fit_record("ease", events, tables.until, [window.key for window in windows])
+    best = tune(tables, _candidates(tables, "ease", events), (name,), length)[name]
+    frame = recommended_frame(
+        windows,
+        best.lists,
+        tables.seen,
+        {},
+        stage="ease",
+        decoding=RANKING,
+        information_set=name,
+        top_k=length,
+        prompts_version="",
+    )
+    films = {window.key: frozenset(own) for window, own in zip(windows, best.lists, strict=True)}
+    fit = {
+        "stage": record.stage,
+        "information_set": name,
+        "values": best.values,
+        "until": record.until,
+        "events_hash": record.events_hash,
+    }
+    return Proposal(
+        Candidates(films, fit),
+        best.validation_ndcg,
+        [
+            *contract_problems(frame, tables.seen, tables.catalogue, length),
+            *_fit_problems(tables, [record]),
+        ],
+    )
+
+
 def tune(
-    tables: Tables, candidates: Iterator[tuple[Values, Recommender, Sequence[str]]]
+    tables: Tables,
+    candidates: Iterator[tuple[Values, Recommender, Sequence[str]]],
+    information_sets: Sequence[str] = INFORMATION_SETS,
+    length: int | None = None,
 ) -> dict[str, Tuned]:
     """The best candidate of each information set by validation NDCG@k.
 
     Args:
         candidates: (values, recommender, information sets it is a candidate for); one may be the
             same object as the one before, trained further, so its lists are taken at once.
+        length: of the test windows' lists; default: k.
     """
     best: dict[str, Tuned] = {}
     for values, recommender, names in candidates:
         for name in names:
+            if name not in information_sets:
+                continue
             score = tables.validation_ndcg(recommender, name)
             if name not in best or score > best[name].validation_ndcg:
-                answers = recommender.recommend(tables.test[name], tables.top_k)
+                answers = recommender.recommend(tables.test[name], length or tables.top_k)
                 best[name] = Tuned(values, score, answers)
     return best
 
@@ -381,12 +449,16 @@ def _problems(
                 frame[knows_only_the_prompt], hidden, tables.catalogue, tables.top_k
             ),
         ],
-        "fitted_on_training_users_only": fit_problems(
-            records,
-            [window.user_id for window in tables.validation["history"]],
-            tables.ratings,
-            tables.user_splits,
-            tables.movies,
-            {window.key: window.cutoff_timestamp for window in tables.test["history"]},
-        ),
+        "fitted_on_training_users_only": _fit_problems(tables, records),
     }
+
+
+def _fit_problems(tables: Tables, records: Sequence[FitRecord]) -> list[str]:
+    return fit_problems(
+        records,
+        tables.tuned_on,
+        tables.ratings,
+        tables.user_splits,
+        tables.movies,
+        {window.key: window.cutoff_timestamp for window in tables.test["history"]},
+    )

@@ -126,10 +126,14 @@ def ranked_responses(
     recipe: GenerationRecipe,
     lists: Lists,
     *,
+    exact: bool = False,
     what: str = "ranking",
     progress: Progress = silent,
 ) -> list[Response]:
     """Per prompt its k most probable open titles, written as an answer would be.
+
+    Args:
+        exact: a beam for every open title, for where few are; else the recipe's ``beams``.
 
     Raises:
         ModelError: a prompt has too few open titles.
@@ -137,6 +141,9 @@ def ranked_responses(
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     responses: dict[int, Response] = {}
     for batch in _batches(asked, recipe.batch_size, what, progress):
+        beams = recipe.beams
+        if exact:
+            beams = max(lists.tries.k, *(int(lists.open_titles[i].sum()) for i in batch))
         with precision(model):
             rankings = rank_titles(
                 model,
@@ -144,7 +151,7 @@ def ranked_responses(
                 [lists.names[i] for i in batch],
                 [lists.open_titles[i] for i in batch],
                 lists.tries,
-                beams=recipe.beams,
+                beams=beams,
                 pad=tokenizer.pad_token_id,
             )
         for index, ranking in zip(batch, rankings, strict=True):

@@ -9,12 +9,13 @@ import pytest
 
 from llmrec_assets.ground import answers
 from llmrec_assets.ground.answers import (
+    answer_versions,
     constrained_problems,
     ground_responses,
     parsing_problems,
     validity,
 )
-from llmrec_assets.ground.recipes import GroundingRecipe
+from llmrec_assets.ground.recipes import GroundingRecipe, load_recipe
 from llmrec_assets.ground.recommendations import recommendation_frame
 from llmrec_assets.ground.schemas import RECOMMENDATIONS
 from llmrec_assets.ground.tables import conform
@@ -185,3 +186,20 @@ def test_lists_decoded_over_the_catalogue_keep_the_contract_and_free_text_is_exe
     assert "film 1 is already seen" in problems("ranked", [1, 3])[0]
     assert "film 3 is repeated" in problems("constrained", [3, 3])[0]
     assert problems("free", [1, 1]) == []
+
+
+def test_answers_of_before_the_hybrid_keep_their_versions():
+    """Hashes as they stood in tables when ``ranked-ease`` came: it makes no older row stale."""
+    generation = load_recipe("cpu").generation
+    versions = answer_versions(generation, 1, "3", "candidates")
+    hybrid = versions.pop("ranked-ease")
+    assert versions == {
+        "free": "a580adab4ac2f1eb",
+        "constrained": "a15a268595a83f14",
+        "ranked": "4c8d9b56e39750af",
+    }
+    others = answer_versions(generation, 2, "3", "others")
+    assert others["ranked-ease"] != hybrid
+    assert answer_versions(generation, 2, "3", "candidates")["ranked-ease"] == hybrid
+    with pytest.raises(ValueError, match="version of their candidates"):
+        answer_versions(generation, 1, "3")

@@ -58,6 +58,10 @@ def test_the_pairs_by_hand() -> None:
         ("popularity", RANKED, POPULAR),
         ("popularity", EASE, KNOWING),
     ]
+    # what the LLM adds to a hybrid is its difference to the one who proposed
+    hybrid, own = ("sft", "ranked-ease", "prompt"), ("ease", "ranking", "prompt")
+    pairs = comparison_pairs([hybrid, own, POPULAR], {hybrid: 0.1, own: 0.2, POPULAR: 0.3})
+    assert [pair for pair in pairs if pair[0] == "proposer"] == [("proposer", hybrid, own)]
     # within a decoding only: a ranked DPO list is not compared to free SFT text
     assert ("predecessor", ("dpo", "ranked", "prompt"), RANKED) in comparison_pairs(
         [SFT, RANKED, DPO, ("dpo", "ranked", "prompt")], dict.fromkeys([SFT, RANKED], 0.0)

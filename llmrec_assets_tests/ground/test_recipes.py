@@ -117,9 +117,11 @@ def test_the_anonymised_control_differs_from_cpu_in_the_titles_alone():
 
 def test_only_the_papers_decoding_is_on_by_default_and_in_the_papers_recipe():
     assert load_recipe("paper").generation.decodings == ("free",)
+    assert load_recipe("paper").generation.candidates == "none"
     for name in ("cpu", "cpu-anonymised", "tiny"):
-        assert load_recipe(name).generation.decodings == ("free", "constrained", "ranked")
-    assert load_recipe("quickstart").generation.decodings == ("free", "ranked")
+        rows = load_recipe(name).generation.rows
+        assert rows == ("free", "constrained", "ranked", "ranked-ease")
+    assert load_recipe("quickstart").generation.rows == ("free", "ranked")
 
 
 def test_a_decodings_settings_are_those_it_depends_on():
@@ -132,6 +134,20 @@ def test_a_decodings_settings_are_those_it_depends_on():
     assert cut.settings("ranked") == generation.settings("ranked")
     assert cut.settings("constrained")["temperature"] == 0.1
     assert cut.settings("free") != generation.settings("free")
+    alone = generation.model_copy(update={"candidates": "none", "candidates_per_prompt": 7})
+    for row in alone.rows:
+        assert alone.settings(row) == generation.settings(row)
+    assert changed.settings("ranked-ease") == generation.settings("ranked-ease")
+    fewer = generation.model_copy(update={"candidates_per_prompt": 7})
+    assert fewer.settings("ranked-ease") != generation.settings("ranked-ease")
+
+
+def test_fewer_candidates_than_a_list_has_slots_are_refused(tmp_path):
+    raw = with_value("generation.candidates", "ease")
+    raw["generation"]["candidates_per_prompt"] = 4
+    write(tmp_path, yaml.safe_dump(raw))
+    with pytest.raises(RecipeError, match=r"candidates_per_prompt 4 cannot fill lists .* 5"):
+        load_recipe("mine", tmp_path)
 
 
 # -- mistakes -----------------------------------------------------------------------------
@@ -185,6 +201,8 @@ def test_an_unknown_key_is_named(tmp_path, path, value):
         ("generation.decodings", []),
         ("generation.decodings", ["greedy"]),
         ("generation.beams", 0),
+        ("generation.candidates", "als"),
+        ("generation.candidates_per_prompt", 0),
         ("generation.top_p", 1.01),
         ("generation.top_p", 0),
         ("grounding.threshold", 100.5),
@@ -223,7 +241,6 @@ def test_every_offending_key_is_named_at_once(tmp_path):
         ("windows.min_ground_truth", 6, r"  windows: .*min_ground_truth 6.*top_k 5"),
         ("sft.micro_batch_size", 3, r"  sft: .*batch_size 8.*micro_batch_size 3"),
         ("generation.decodings", ["free", "ranked", "free"], r"  generation: .*name one twice"),
-        ("generation.candidates", "ease", r"  generation: .*ease is not offered yet"),
         ("dpo.micro_batch_size", 3, r"  dpo: .*batch_size 1.*micro_batch_size 3"),
         ("rlhf.micro_batch_size", 3, r"  rlhf: .*batch_size 16.*micro_batch_size 3"),
         ("rlhf.samples_per_prompt", 3, r"  rlhf: .*batch_size 16.*samples_per_prompt 3"),

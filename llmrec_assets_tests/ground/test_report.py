@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmrec_assets.ground.report import markdown_table, readable
+from llmrec_assets.ground.report import markdown_table, readable, row_labels
 from llmrec_assets.ground.schemas import METRIC_TABLE
 from llmrec_assets.ground.tables import conform, to_frame
 
@@ -108,6 +108,15 @@ def test_slots_are_counted_in_full_width():
 
 def test_the_list_length_stands_in_the_columns():
     assert "NDCG@10 %" in readable(table({**BASE, "k": 10})).columns
+
+
+def test_a_hybrid_is_called_one_wherever_it_stands():
+    hybrid = {**SFT, "decoding": "ranked-ease"}
+    shown = readable(table(SFT, hybrid))["decoding"].tolist()
+    assert shown == ["free", "ranked-ease (hybrid: EASE proposes, the LLM orders)"]
+    row = ("sft", "ranked-ease", "prompt")
+    assert row_labels(table(SFT, hybrid))[row] == "sft (ranked-ease, a hybrid, prompt)"
+    assert row_labels(table(hybrid))[row] == "sft (ranked-ease, a hybrid, prompt)"
 
 
 def test_an_empty_table_reads_as_nothing():

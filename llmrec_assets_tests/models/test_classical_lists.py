@@ -13,7 +13,13 @@ from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.ground.splits import split_users
 from llmrec_assets.ground.windows import interaction_windows
 from llmrec_assets.models import classical_lists as module
-from llmrec_assets.models.classical_lists import ClassicalLists, Tables, classical_lists, tune
+from llmrec_assets.models.classical_lists import (
+    ClassicalLists,
+    Tables,
+    classical_lists,
+    ease_candidates,
+    tune,
+)
 
 RECIPE = load_recipe("tiny")
 
@@ -194,3 +200,106 @@ def test_the_better_candidate_is_chosen_and_the_first_of_equals(
     assert {name: tuned.values for name, tuned in best.items()} == {name: {"n": 5} for name in SETS}
     assert best["prompt"].validation_ndcg == pytest.approx(1)
     assert best["prompt"].lists == [[5]] * len(tables.test["prompt"])
+
+
+def test_only_validation_users_choose_and_the_check_reads_who_did(
+    inputs: tuple[pd.DataFrame, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = Tables.__init__
+    user = int(inputs[0].loc[inputs[0]["split"] == "test", "user_id"].min())
+
+    def with_a_test_user(self: Tables, *args: Any) -> None:
+        init(self, *args)
+        stranger = self.test["prompt"][0]
+        self.validation["prompt"].append(stranger)
+        self.truth[stranger.key] = frozenset({1})
+
+    monkeypatch.setattr(Tables, "__init__", with_a_test_user)
+    problem = f"user {user} chose hyperparameters, their split is test"
+    assert problem in ease_candidates(*inputs, RECIPE, seed=1).problems
+    assert problem in run(inputs).problems["fitted_on_training_users_only"]
+
+
+# -- candidates ---------------------------------------------------------------------------
+
+
+def test_candidates_are_the_head_of_the_tuned_list_from_what_the_prompt_shows(
+    made: ClassicalLists, inputs: tuple[pd.DataFrame, ...]
+) -> None:
+    prompts, _, ratings, movies = inputs
+    proposal = ease_candidates(*inputs, RECIPE, seed=1)
+    assert proposal.problems == []
+    candidates = proposal.candidates
+    told = dict(made.facts["chosen"]["ease (prompt)"])
+    assert proposal.validation_ndcg == pytest.approx(told.pop("validation_ndcg"), abs=1e-6)
+    assert candidates.fit["values"] == told
+    test = prompts[prompts["split"] == "test"]
+    assert set(candidates.films) == {(user, 0) for user in test["user_id"].tolist()}
+    lists = made.frame[
+        (made.frame["stage"] == "ease") & (made.frame["information_set"] == "prompt")
+    ]
+    for user, cutoff in zip(
+        test["user_id"].tolist(), test["cutoff_timestamp"].tolist(), strict=True
+    ):
+        films = candidates.films[user, 0]
+        assert set(lists.loc[lists["user_id"] == user, "movie_id"]) <= films
+        seen = ratings[(ratings["user_id"] == user) & (ratings["timestamp"] <= cutoff)]
+        assert not films & set(seen["movie_id"])
+        free = len(movies) - seen["movie_id"].nunique()
+        assert len(films) == min(RECIPE.generation.candidates_per_prompt, free)
+
+
+def test_candidates_know_no_more_than_the_prompt_and_nothing_after_the_cutoff(
+    inputs: tuple[pd.DataFrame, ...],
+) -> None:
+    prompts, splits, ratings, movies = inputs
+    shown = {
+        (user, film)
+        for user, films in zip(prompts["user_id"], prompts["context_movie_ids"], strict=True)
+        for film in films
+    }
+    test = splits.loc[splits["split"] == "test", "user_id"]
+    pairs = zip(ratings["user_id"], ratings["movie_id"], strict=True)
+    hidden = ratings["user_id"].isin(test) & ~pd.Series([pair in shown for pair in pairs])
+    blind = ratings.assign(rating=ratings["rating"].where(~hidden, 5))
+    one = ease_candidates(*inputs, RECIPE, seed=1).candidates
+    other = ease_candidates(prompts, splits, blind, movies, RECIPE, seed=1).candidates
+    assert hidden.any() and not blind["rating"].equals(ratings["rating"])
+    assert other.version == one.version
+
+
+def test_the_candidates_version_changes_with_the_fit(inputs: tuple[pd.DataFrame, ...]) -> None:
+    prompts, splits, ratings, movies = inputs
+    first = ease_candidates(*inputs, RECIPE, seed=1).candidates
+    assert ease_candidates(*inputs, RECIPE, seed=1).candidates.version == first.version
+    train = splits.loc[splits["split"] == "train", "user_id"]
+    changed = ratings.assign(rating=ratings["rating"].mask(ratings["user_id"] == train.iloc[0], 1))
+    ease = RECIPE.baselines.ease.model_copy(update={"regularization": (5.0,)})
+    fewer = RECIPE.generation.model_copy(update={"candidates_per_prompt": 6})
+    others = [
+        ease_candidates(prompts, splits, changed, movies, RECIPE, seed=1),
+        *(
+            ease_candidates(*inputs, RECIPE.model_copy(update=update), seed=1)
+            for update in (
+                {"baselines": RECIPE.baselines.model_copy(update={"ease": ease})},
+                {"generation": fewer},
+            )
+        ),
+    ]
+    versions = {other.candidates.version for other in others}
+    assert len(versions) == 3 and first.version not in versions
+
+
+def test_a_leak_into_the_candidates_fit_is_found(
+    inputs: tuple[pd.DataFrame, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = inputs[1]
+    user = int(splits.loc[splits["split"] == "test", "user_id"].iloc[0])
+
+    def leaking(*args: Any, **options: Any) -> pd.DataFrame:
+        events = training_events(*args, **options)
+        return pd.concat([events, events.head(1).assign(user_id=user, film=3)], ignore_index=True)
+
+    monkeypatch.setattr(module, "training_events", leaking)
+    found = ease_candidates(*inputs, RECIPE, seed=1).problems
+    assert f"ease: user {user} took part in the fit, their split is test" in found

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 from llmrec_assets.ground.answers import answer_versions, ground_responses
+from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.ground.recipes import BaseModelRecipe, GenerationRecipe, GroundingRecipe
-from llmrec_assets.models.answers import Answers, Candidates, answer_test_prompts
+from llmrec_assets.ground.recommender import Candidates
+from llmrec_assets.models.answers import Answers, answer_test_prompts
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.device import Device
 
@@ -65,7 +67,8 @@ def tables() -> dict[str, pd.DataFrame]:
     return {"prompts": prompts, "ratings": ratings, "movies": movies}
 
 
-def _answers(base_dir, device, tables, recipe=RECIPE, **options) -> Answers:
+def _answers(base_dir, device, tables, recipe=RECIPE, candidates=None) -> Answers:
+    version = candidates.version if candidates else None
     return answer_test_prompts(
         **tables,
         base_dir=base_dir,
@@ -73,12 +76,12 @@ def _answers(base_dir, device, tables, recipe=RECIPE, **options) -> Answers:
         recipe=recipe,
         stage="base",
         prompts_version="p",
-        answer_versions=answer_versions(recipe, 1, "code"),
+        answer_versions=answer_versions(recipe, 1, "code", version),
         max_users=None,
         top_k=K,
         seed=1,
         device=device,
-        **options,
+        candidates=candidates,
     )
 
 
@@ -115,11 +118,44 @@ def test_free_answers_are_those_of_a_recipe_that_asks_for_nothing_else(
     assert one.equals(other[other["decoding"] == "free"].reset_index(drop=True))
 
 
-def test_ranking_within_candidates_is_named_for_the_hybrid_it_is(base_dir, device, tables) -> None:
-    films = {(7, 0): frozenset({1, 2, 3, 4, 5}), (9, 0): frozenset({1, 2, 8})}
-    recipe = RECIPE.model_copy(update={"decodings": ("ranked",)})
-    frame = _answers(base_dir, device, tables, recipe, candidates=Candidates("ease", films)).frame
-    assert set(frame["decoding"]) == {"ranked-ease"}
-    shown = dict(zip(frame["user_id"], map(json.loads, frame["response"]), strict=True))
-    assert set(shown[7]) == {TITLES[i - 1] for i in (3, 4, 5)}
-    assert set(shown[9]) == {TITLES[i - 1] for i in (1, 2, 8)}
+HYBRID = RECIPE.model_copy(update={"candidates": "ease", "decodings": ("free", "ranked")})
+FILMS = {(7, 0): frozenset({1, 2, 3, 4, 5, 6}), (9, 0): frozenset({1, 2, 8})}
+
+
+def test_the_hybrid_ranks_the_unseen_candidates_and_leaves_other_rows_alone(
+    base_dir, device, tables
+) -> None:
+    candidates = Candidates(FILMS, {})
+    frame = _answers(base_dir, device, tables, HYBRID, candidates).frame
+    assert frame["decoding"].drop_duplicates().tolist() == ["free", "ranked", "ranked-ease"]
+    others = frame[frame["decoding"] != "ranked-ease"].reset_index(drop=True)
+    alone = HYBRID.model_copy(update={"candidates": "none"})
+    assert others.equals(_answers(base_dir, device, tables, alone).frame)
+    mine = frame[frame["decoding"] == "ranked-ease"]
+    shown = dict(zip(mine["user_id"], map(json.loads, mine["response"]), strict=True))
+    for user, films in ((7, {3, 4, 5, 6}), (9, {1, 2, 8})):
+        assert len(set(shown[user])) == K
+        assert set(shown[user]) <= {TITLES[film - 1] for film in films}
+    # the whole catalogue as candidates, and a beam for every title, rank alike
+    everything = Candidates(dict.fromkeys(FILMS, frozenset(range(1, len(TITLES) + 1))), {})
+    wide = HYBRID.model_copy(update={"beams": len(TITLES)})
+    answers = _answers(base_dir, device, tables, wide, everything).frame.groupby("decoding")
+    texts = answers["response"].agg(list)
+    assert texts["ranked-ease"] == texts["ranked"]
+
+
+@pytest.mark.parametrize("films", [frozenset(), frozenset({1, 2, 3, 4}), None])
+def test_a_window_with_too_few_candidates_is_an_error_before_anything_is_asked(
+    base_dir, device, tables, films
+) -> None:
+    proposed = {**FILMS, (7, 0): films}
+    if films is None:
+        del proposed[7, 0]
+    found = len((films or frozenset()) - {1, 2})
+    with pytest.raises(ModelError, match=rf"user 7, window 0: {found} films .* more candidates"):
+        _answers(base_dir, device, tables, HYBRID, Candidates(proposed, {}))
+
+
+def test_the_hybrid_without_candidates_is_an_error(base_dir, device, tables) -> None:
+    with pytest.raises(ValueError, match="need the version of their candidates"):
+        _answers(base_dir, device, tables, HYBRID)

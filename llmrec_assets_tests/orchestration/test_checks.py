@@ -270,16 +270,18 @@ def test_a_planted_leak_is_blocked(
 
 
 @pytest.mark.parametrize(
-    ("planted", "check"),
+    ("planted", "asset", "check"),
     [
-        ("training_events", "fitted_on_training_users_only"),
-        ("Popularity", "keeps_the_contract"),
+        ("training_events", "baseline_recommendations", "fitted_on_training_users_only"),
+        ("training_events", "base_responses", "candidates_of_training_users_only"),
+        ("Popularity", "baseline_recommendations", "keeps_the_contract"),
     ],
 )
 def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
     copied: tuple[Home, dg.DagsterInstance],
     monkeypatch: pytest.MonkeyPatch,
     planted: str,
+    asset: str,
     check: str,
 ) -> None:
     """One event of a test user among the training events; a list of films already seen."""
@@ -301,11 +303,11 @@ def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
     wrong = {"training_events": one_event_more, "Popularity": Forgetful}[planted]
     monkeypatch.setattr(classical_lists, planted, wrong)
     before = home.current()
-    result = home.materialize(instance, "baseline_recommendations")
+    result = home.materialize(instance, asset)
     assert not result.success
     (failed,) = [event for event in result.all_events if event.is_step_failure]
     message = failed.step_failure_data.error.message
-    assert f"baseline_recommendations is not published, check {check} failed" in message
+    assert f"{asset} is not published, check {check} failed" in message
     assert home.current() == before
 
 

@@ -101,7 +101,7 @@ def test_evaluate_scores_again_what_has_been_answered_without_a_model(
     assert "left out: dpo_responses is missing" in done.stderr
     lines = done.stdout.splitlines()
     stages = [line.split()[0] for line in lines if "popularity" in line or "/" in line]
-    assert stages[:6] == ["base"] * 3 + ["sft"] * 3
+    assert stages[:8] == ["base"] * 4 + ["sft"] * 4
     report = lines[-1].removeprefix("report: ")
     assert Path(report).is_file()
     after = home.current()

@@ -30,6 +30,7 @@ STAGES = ("base", "sft", "dpo", "rlhf")
 RECOMMENDATIONS = {f"{stage}_recommendations" for stage in (*STAGES, "baseline")}
 TRAIN_ONLY = "trained_on_training_users_only"
 OWN = "answered_by_its_own_checkpoint"
+PROPOSED = "candidates_of_training_users_only"
 CURRENT = "answers_of_the_current_checkpoint"
 SURVIVES = "catalogue_survives_parsing"
 CONTRACT = "keeps_the_contract"
@@ -133,34 +134,34 @@ GRAPH = {
     "base_responses": (
         "recommendations",
         "dataset|recipe",
-        {*GROUNDED, "base_model"},
+        {*GROUNDED, "user_splits", "base_model"},
         "gpu",
         "table_io",
-        {OWN},
+        {OWN, PROPOSED},
     ),
     "sft_responses": (
         "recommendations",
         "dataset|recipe",
-        {*GROUNDED, "base_model", "sft_checkpoint"},
+        {*GROUNDED, "user_splits", "base_model", "sft_checkpoint"},
         "gpu",
         "table_io",
-        {OWN},
+        {OWN, PROPOSED},
     ),
     "dpo_responses": (
         "recommendations",
         "dataset|recipe",
-        {*GROUNDED, "base_model", "sft_checkpoint", "dpo_checkpoint"},
+        {*GROUNDED, "user_splits", "base_model", "sft_checkpoint", "dpo_checkpoint"},
         "gpu",
         "table_io",
-        {OWN},
+        {OWN, PROPOSED},
     ),
     "rlhf_responses": (
         "recommendations",
         "dataset|recipe",
-        {*GROUNDED, "base_model", "sft_checkpoint", "rlhf_checkpoint"},
+        {*GROUNDED, "user_splits", "base_model", "sft_checkpoint", "rlhf_checkpoint"},
         "gpu",
         "table_io",
-        {OWN},
+        {OWN, PROPOSED},
     ),
     "base_recommendations": (
         "recommendations",

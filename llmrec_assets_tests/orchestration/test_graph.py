@@ -33,6 +33,7 @@ CHECKS = {
     ("user_metrics", "scores_hold"),
     *((asset, "trained_on_training_users_only") for asset in TRAININGS),
     *((f"{stage}_responses", "answered_by_its_own_checkpoint") for stage in STAGES),
+    *((f"{stage}_responses", "candidates_of_training_users_only") for stage in STAGES),
     *((f"{stage}_recommendations", "answers_of_the_current_checkpoint") for stage in STAGES),
     *((f"{stage}_recommendations", "catalogue_survives_parsing") for stage in STAGES),
     *((f"{stage}_recommendations", "keeps_the_contract") for stage in STAGES),
@@ -101,13 +102,13 @@ def test_the_tables_hold_what_the_sample_holds(events) -> None:
     assert (rows["ratings"], rows["movies"], rows["users"]) == (24_876, 260, 500)
     assert rows["user_splits"] == 500
     assert rows["prompts"] == rows["interaction_windows"] <= 500
-    # a row per test window and decoding: free, constrained, ranked
-    windows, of_stage = rows["base_responses"] // 3, rows["base_responses"]
-    assert rows["sft_responses"] == of_stage == 3 * windows
+    # a row per test window and decoding: free, constrained, ranked, ranked-ease
+    windows, of_stage = rows["base_responses"] // 4, rows["base_responses"]
+    assert rows["sft_responses"] == of_stage == 4 * windows
     assert rows["base_recommendations"] == 5 * of_stage
     assert rows["baseline_recommendations"] == 13 * 5 * windows
     assert rows["user_metrics"] == 4 * of_stage + 13 * windows
-    assert rows["beyond_accuracy"] == rows["metric_table"] == 4 * 3 + 13
+    assert rows["beyond_accuracy"] == rows["metric_table"] == 4 * 4 + 13
 
 
 def test_leave_last_out_ranks_the_last_film_of_every_user(events, finished: FinishedRun) -> None:
@@ -130,10 +131,11 @@ def test_comparisons_and_groups_stand_on_the_same_users(finished: FinishedRun) -
     compared = store.read_table("comparisons", PARTITION).frame
     assert set(compared["n_users"]) == set(table["n_users"])
     assert compared["reason"].value_counts().to_dict() == {
-        "predecessor": 9,
-        "free decoding": 8,
-        "best classical": 12 + 5 + 6,  # every row but the best of its information set
-        "popularity": 12 * 2 + 5 + 6,  # an LLM's rows against both popularity lists
+        "predecessor": 12,
+        "free decoding": 12,
+        "proposer": 4,  # each stage's hybrid against EASE
+        "best classical": 16 + 5 + 6,  # every row but the best of its information set
+        "popularity": 16 * 2 + 5 + 6,  # an LLM's rows against both popularity lists
     }
     before = compared[compared["reason"] == "predecessor"].set_index(["stage", "decoding"])
     mine = table[table["versus"].notna()].set_index(["stage", "decoding"])
@@ -154,7 +156,7 @@ def test_the_metric_table_compares_all_stages_on_the_same_users(finished: Finish
         *(
             (stage, decoding, "prompt")
             for stage in STAGES
-            for decoding in ("constrained", "free", "ranked")
+            for decoding in ("constrained", "free", "ranked", "ranked-ease")
         ),
         ("als", "ranking", "history"),
         ("als", "ranking", "prompt"),
@@ -178,10 +180,10 @@ def test_the_metric_table_compares_all_stages_on_the_same_users(finished: Finish
     test_users = prompts.frame.loc[prompts.frame["split"] == "test", "user_id"].nunique()
     assert table["n_users"].iloc[0] == test_users
     assert set(table["prompts_version"]) == {prompts.version}
-    assert table["versus"].isna().tolist() == [True] * 3 + [False] * 9 + [True] * 13
+    assert table["versus"].isna().tolist() == [True] * 4 + [False] * 12 + [True] * 13
     # what is decoded over the catalogue is valid in every slot, from whatever model
-    valid = table[table["decoding"].isin(["constrained", "ranked"])]
-    assert len(valid) == 8
+    valid = table[table["decoding"].isin(["constrained", "ranked", "ranked-ease"])]
+    assert len(valid) == 12
     assert (valid[["parsable", "in_catalogue"]] == 1).all(axis=None)
     assert (valid[["duplicate", "seen"]] == 0).all(axis=None)
     assert table["ndcg"].between(table["ndcg_low"], table["ndcg_high"]).all()

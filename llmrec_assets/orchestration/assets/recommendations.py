@@ -46,11 +46,30 @@ def _own_checkpoint(stage: str) -> dg.AssetCheckSpec:
     )
 
 
+_PROPOSED = "candidates_of_training_users_only"
+
+
+def _proposed(stage: str) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(
+        _PROPOSED,
+        asset=f"{stage}_responses",
+        blocking=True,
+        description="Where another recommender proposes what the model ranks: it was fitted on "
+        "exactly the training users' events, only validation users chose its hyperparameters, and "
+        "what it proposes are distinct unseen catalogue films.",
+    )
+
+
+def _answer_checks(stage: str) -> list[dg.AssetCheckSpec]:
+    return [_own_checkpoint(stage), _proposed(stage)]
+
+
 def _answer(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
     catalogue: pd.DataFrame,
     stage: str,
@@ -59,6 +78,7 @@ def _answer(
 ) -> CheckedResult:
     """``adapters``: SFT's, then the one trained on top of it."""
     from llmrec_assets.models.answers import answer_test_prompts
+    from llmrec_assets.models.classical_lists import ease_candidates
 
     recipe, partition = recipe_of(context), context.partition_key
     problems = checkpoint_problems(base_model, "base_model", partition.split("|")[-1], {})
@@ -69,6 +89,11 @@ def _answer(
         problems += checkpoint_problems(adapter, asset, partition, made_from)
         made_from[asset] = adapter.name
     yield from blocking_checks(f"{stage}_responses", {_OWN: problems})
+    made, seed = None, config.seed_of(recipe)
+    if recipe.generation.candidates == "ease":
+        made = ease_candidates(prompts.frame, user_splits, ratings, catalogue, recipe, seed=seed)
+    yield from blocking_checks(f"{stage}_responses", {_PROPOSED: made.problems if made else []})
+    candidates = made.candidates if made else None
     with gpu.lease(context.log, f"{stage}_responses {partition}") as device:
         answers = answer_test_prompts(
             prompts.frame,
@@ -80,47 +105,56 @@ def _answer(
             stage=stage,
             prompts_version=prompts.version,
             answer_versions=answer_versions(
-                recipe.generation, config.seed_of(recipe), CODE_VERSION
+                recipe.generation, seed, CODE_VERSION, candidates.version if candidates else None
             ),
             max_users=recipe.evaluation.max_test_users,
             top_k=recipe.windows.top_k,
-            seed=config.seed_of(recipe),
+            seed=seed,
             device=device,
+            candidates=candidates,
             progress=report_progress(context),
         )
-    yield table_result(f"{stage}_responses", answers.frame, answers.facts)
+    facts = answers.facts
+    if made:
+        told = {**made.candidates.fit, "validation_ndcg": round(made.validation_ndcg, 6)}
+        facts = {**facts, "candidates": dg.MetadataValue.json(told)}
+    yield table_result(f"{stage}_responses", answers.frame, facts)
 
 
 @dg.asset(
     **table_options("base_responses", GROUP),
     partitions_def=run_partitions,
     pool=GPU_POOL,
-    check_specs=[_own_checkpoint("base")],
+    check_specs=_answer_checks("base"),
 )
 def base_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
     catalogue: pd.DataFrame,
     base_model: Path,
 ) -> CheckedResult:
     """What the base model answers to the test prompts, raw."""
-    yield from _answer(context, config, gpu, prompts, ratings, catalogue, "base", base_model)
+    yield from _answer(
+        context, config, gpu, prompts, user_splits, ratings, catalogue, "base", base_model
+    )
 
 
 @dg.asset(
     **table_options("sft_responses", GROUP),
     partitions_def=run_partitions,
     pool=GPU_POOL,
-    check_specs=[_own_checkpoint("sft")],
+    check_specs=_answer_checks("sft"),
 )
 def sft_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
     catalogue: pd.DataFrame,
     base_model: Path,
@@ -128,7 +162,16 @@ def sft_responses(
 ) -> CheckedResult:
     """What the fine-tuned model answers to the test prompts, raw."""
     yield from _answer(
-        context, config, gpu, prompts, ratings, catalogue, "sft", base_model, sft_checkpoint
+        context,
+        config,
+        gpu,
+        prompts,
+        user_splits,
+        ratings,
+        catalogue,
+        "sft",
+        base_model,
+        sft_checkpoint,
     )
 
 
@@ -136,13 +179,14 @@ def sft_responses(
     **table_options("dpo_responses", GROUP),
     partitions_def=run_partitions,
     pool=GPU_POOL,
-    check_specs=[_own_checkpoint("dpo")],
+    check_specs=_answer_checks("dpo"),
 )
 def dpo_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
     catalogue: pd.DataFrame,
     base_model: Path,
@@ -155,6 +199,7 @@ def dpo_responses(
         config,
         gpu,
         prompts,
+        user_splits,
         ratings,
         catalogue,
         "dpo",
@@ -168,13 +213,14 @@ def dpo_responses(
     **table_options("rlhf_responses", GROUP),
     partitions_def=run_partitions,
     pool=GPU_POOL,
-    check_specs=[_own_checkpoint("rlhf")],
+    check_specs=_answer_checks("rlhf"),
 )
 def rlhf_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     gpu: GpuResource,
     prompts: StoredTable,
+    user_splits: pd.DataFrame,
     ratings: pd.DataFrame,
     catalogue: pd.DataFrame,
     base_model: Path,
@@ -187,6 +233,7 @@ def rlhf_responses(
         config,
         gpu,
         prompts,
+        user_splits,
         ratings,
         catalogue,
         "rlhf",
