@@ -21,6 +21,7 @@ from llmrec_assets.ground.report_inputs import (
 )
 from llmrec_assets.ground.report_page import build_report
 from llmrec_assets.ground.score_checks import score_problems
+from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
     answers_behind,
@@ -133,7 +134,8 @@ def group_metrics(
     """NDCG by age, gender, activity and popularity of the ground truth, for every row."""
     recipe = recipe_of(context)
     asked = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
-    groups = user_groups(asked, interaction_windows, users, ratings, user_splits, movies)
+    until = temporal_split_time(ratings, recipe.windows)
+    groups = user_groups(asked, interaction_windows, users, ratings, user_splits, movies, until)
     frame = by_group(
         user_metrics.frame,
         groups,
@@ -170,6 +172,7 @@ def beyond_accuracy(
         answers_behind(store, partition, lists),
         liked_min=recipe.windows.liked_min,
         protocol=recipe.windows.protocol,
+        until=temporal_split_time(ratings, recipe.windows),
     )
     return table_result("beyond_accuracy", frame, {"rows": len(frame)})
 
