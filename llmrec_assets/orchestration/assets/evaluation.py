@@ -9,6 +9,7 @@ import pandas as pd
 
 from llmrec_assets.ground import beyond, evaluation, recommendations
 from llmrec_assets.ground import comparisons as compare
+from llmrec_assets.ground.answers import baselines_version
 from llmrec_assets.ground.groups import group_metrics as by_group
 from llmrec_assets.ground.groups import user_groups
 from llmrec_assets.ground.recommendations import evaluated_prompts
@@ -24,6 +25,7 @@ from llmrec_assets.ground.score_checks import score_problems
 from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
+    StageTables,
     answers_behind,
     current_stages,
     missing_stages,
@@ -53,6 +55,25 @@ SCORES_HOLD = "scores_hold"
 _MADE_FROM = "user_metrics_version"
 
 
+def _current_stages(
+    context: dg.AssetExecutionContext, storage: StoreResource, prompts: StoredTable
+) -> StageTables:
+    version = baselines_version(recipe_of(context).baselines)
+    return current_stages(storage.store(), context.partition_key, prompts.version, version)
+
+
+def _require_current(
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    prompts: StoredTable,
+    name: str,
+    table: pd.DataFrame,
+) -> None:
+    version = baselines_version(recipe_of(context).baselines)
+    partition = context.partition_key
+    require_current(table, name, storage.store(), partition, prompts.version, version)
+
+
 @dg.asset(
     **table_options("user_metrics", GROUP),
     partitions_def=run_partitions,
@@ -75,7 +96,7 @@ def user_metrics(
     movies: pd.DataFrame,
 ) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
-    stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    stages = _current_stages(context, storage, prompts)
     for line in stages.left_out:
         context.log.warning(line)
     recipe = recipe_of(context)
@@ -108,9 +129,7 @@ def comparisons(
 ) -> TableResult:
     """Paired differences between rows: interval, sign-flip p-value, Holm's correction, power."""
     recipe = recipe_of(context)
-    require_current(
-        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
-    )
+    _require_current(context, storage, prompts, "user_metrics", user_metrics.frame)
     frame = compare.comparisons(
         user_metrics.frame, recipe.evaluation, config.seed_of(recipe), user_metrics.version
     )
@@ -162,7 +181,7 @@ def beyond_accuracy(
 ) -> TableResult:
     """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
-    lists = current_stages(store, partition, prompts.version).recommendations
+    lists = _current_stages(context, storage, prompts).recommendations
     frame = beyond.beyond_accuracy(
         lists,
         prompts.frame,
@@ -188,9 +207,7 @@ def metric_table(
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
     recipe = recipe_of(context)
-    require_current(
-        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
-    )
+    _require_current(context, storage, prompts, "user_metrics", user_metrics.frame)
     require_made_from(comparisons, "comparisons", _MADE_FROM, {user_metrics.version})
     frame = evaluation.metric_table(
         user_metrics.frame,
@@ -230,7 +247,7 @@ def sample_recommendations(
 ) -> TableResult:
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
-    stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    stages = _current_stages(context, storage, prompts)
     frame = recommendations.sample_recommendations(
         prompts.frame,
         interaction_windows,
@@ -289,7 +306,7 @@ def report(
 ) -> CheckedResult:
     """The paper's tables beside ours, one user's lists and the curves, as Markdown and HTML."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
-    require_current(metric_table.frame, "metric_table", store, partition, prompts.version)
+    _require_current(context, storage, prompts, "metric_table", metric_table.frame)
     scored = {str(store.current("user_metrics", partition, kind="tables"))}
     require_made_from(comparisons.frame, "comparisons", _MADE_FROM, scored)
     require_made_from(group_metrics.frame, "group_metrics", _MADE_FROM, scored)
