@@ -15,6 +15,7 @@ from llmrec_assets.ground.groups import user_groups
 from llmrec_assets.ground.recommendations import evaluated_prompts
 from llmrec_assets.ground.report import markdown_table, readable, readable_pairs
 from llmrec_assets.ground.report_inputs import (
+    TABLES,
     TRAININGS,
     report_inputs,
     self_contained,
@@ -291,7 +292,7 @@ def leave_last_out(
 @dg.asset(
     **directory_options("report", GROUP, "markdown", "html"),
     partitions_def=run_partitions,
-    deps=[*TRAININGS, "preference_pairs"],
+    deps=[*TRAININGS, "preference_pairs", *TABLES],
 )
 def report(
     context: dg.AssetExecutionContext,
@@ -334,6 +335,8 @@ def report(
             group_metrics=group_metrics.frame,
             confidence=recipe.evaluation.confidence,
             sample_recommendations=sample_recommendations.frame,
+            memorisation=made.tables.get("memorisation"),
+            leave_last_out=made.tables.get("leave_last_out"),
             facts=made.facts,
             curves=made.curves(),
             generated={},
