@@ -13,7 +13,12 @@ import pandas as pd
 
 from llmrec_assets.ground.completions import parse_response, render_completion
 from llmrec_assets.ground.grounding import Catalogue, Grounder
-from llmrec_assets.ground.recipes import HYBRID, GenerationRecipe, GroundingRecipe
+from llmrec_assets.ground.recipes import (
+    HYBRID,
+    BaselinesRecipe,
+    GenerationRecipe,
+    GroundingRecipe,
+)
 from llmrec_assets.ground.recommendations import seen_sets, slots
 from llmrec_assets.ground.recommender import contract_problems
 from llmrec_assets.ground.store import checkpoint_version
@@ -49,6 +54,11 @@ def answer_versions(
             determinants["candidates"] = candidates_version
         versions[name] = checkpoint_version("responses", determinants)
     return versions
+
+
+def baselines_version(recipe: BaselinesRecipe) -> str:
+    """Version of how the classical lists were made: what ``answer_version`` is for an LLM stage."""
+    return checkpoint_version("baselines", recipe.model_dump())
 
 
 def ground_responses(

@@ -34,6 +34,7 @@ def beyond_accuracy(
     responses: pd.DataFrame | None,
     liked_min: int,
     protocol: str = "user-split",
+    until: int | None = None,
 ) -> pd.DataFrame:
     """One row per recommender; means over users, a user's windows averaged first.
 
@@ -52,11 +53,12 @@ def beyond_accuracy(
             stand in the metadata of ``*_responses``.
         liked_min: rating from which a film is liked.
         protocol: name of the evaluation protocol.
+        until: popularity counts no later rating (``splits.temporal_split_time``).
 
     Returns:
         ``BEYOND_ACCURACY``, LLM stages in training order, then others by name.
     """
-    counts = training_popularity(ratings, user_splits, movies)
+    counts = training_popularity(ratings, user_splits, movies, until)
     information = self_information(counts, int((user_splits["split"] == "train").sum()))
     percentile = popularity_percentiles(counts)
     genres = film_genres(movies)
@@ -100,10 +102,19 @@ def beyond_accuracy(
 
 
 def training_popularity(
-    ratings: pd.DataFrame, user_splits: pd.DataFrame, movies: pd.DataFrame
+    ratings: pd.DataFrame,
+    user_splits: pd.DataFrame,
+    movies: pd.DataFrame,
+    until: int | None = None,
 ) -> dict[int, int]:
-    """Training users who rated each canonical film of the catalogue, 0 where none did."""
+    """Training users who rated each canonical film of the catalogue, 0 where none did.
+
+    Args:
+        until: Unix seconds; later ratings are what a list must not know. ``None``: all count.
+    """
     film_of = canonical_ids(movies)
+    if until is not None:
+        ratings = ratings[ratings["timestamp"] <= until]
     train = user_splits.loc[user_splits["split"] == "train", "user_id"]
     rated = ratings.loc[ratings["user_id"].isin(train), ["user_id", "movie_id"]]
     pairs = rated.assign(film=rated["movie_id"].map(film_of))[["user_id", "film"]]

@@ -100,6 +100,7 @@ def user_groups(
     ratings: pd.DataFrame,
     user_splits: pd.DataFrame,
     movies: pd.DataFrame,
+    until: int | None = None,
 ) -> pd.DataFrame:
     """The group of every user of ``windows`` under every grouping.
 
@@ -115,6 +116,7 @@ def user_groups(
         ratings: ``RATINGS``.
         user_splits: ``USER_SPLITS``.
         movies: ``MOVIES``.
+        until: popularity counts no later rating (``splits.temporal_split_time``).
 
     Returns:
         Columns ``user_id``, ``grouping``, ``group``, ``position``.
@@ -122,7 +124,8 @@ def user_groups(
     asked = prompts[[*WINDOW_KEY, "ground_truth_movie_ids"]].merge(
         windows[[*WINDOW_KEY, "n_history"]], on=WINDOW_KEY
     )
-    counts, film_of = training_popularity(ratings, user_splits, movies), canonical_ids(movies)
+    counts = training_popularity(ratings, user_splits, movies, until)
+    film_of = canonical_ids(movies)
     asked["popularity"] = [
         float(np.mean([counts[film_of[int(i)]] for i in ids]))
         for ids in asked["ground_truth_movie_ids"].tolist()

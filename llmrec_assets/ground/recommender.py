@@ -169,6 +169,7 @@ def recommended_frame(
     information_set: str,
     top_k: int,
     prompts_version: str,
+    answer_version: str | None = None,
 ) -> pd.DataFrame:
     """``RECOMMENDATIONS`` of lists of canonical ids, one a window; a short list ends in
     ``missing`` slots."""
@@ -192,7 +193,7 @@ def recommended_frame(
                     film in seen[window.key],
                     prompts_version,
                     None,
-                    None,
+                    answer_version,
                 )
             )
             if film is not None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from llmrec_assets.ground.plots import curves_plot
 from llmrec_assets.ground.report_page import Curve, Report
 from llmrec_assets.ground.store import Store, read_manifest
@@ -24,16 +26,19 @@ TRAININGS = {
     "reward_model": "Reward model",
     "rlhf_checkpoint": "RLHF",
 }
+#: What the report shows where it is there, and has no part in the metric table.
+TABLES = ("memorisation", "leave_last_out")
 #: Facts that are too long for a table or name users.
 _HIDDEN = {"curves", "losses", "libraries", "trained_user_ids"}
 
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """``versions`` and ``facts`` by asset; an asset that was never made is in neither."""
+    """``versions``, ``facts`` and ``tables`` by asset; what was never made is in none of them."""
 
     versions: Mapping[str, str]
     facts: Mapping[str, Mapping[str, Any]]
+    tables: Mapping[str, pd.DataFrame]
     _curves: Mapping[str, Mapping[str, Any]]
 
     def curves(self) -> list[Curve]:
@@ -73,7 +78,16 @@ def report_inputs(store: Store, partition: str, prompts_version: str) -> ReportI
         versions["sampled_responses"] = str(
             store.current("sampled_responses", partition, kind="tables")
         )
-    return ReportInputs(versions, facts, curves)
+    tables: dict[str, pd.DataFrame] = {}
+    base = store.current("base_model", partition.split("|")[-1], kind="checkpoints")
+    for asset in TABLES:
+        if store.current(asset, partition, kind="tables") is None:
+            continue
+        table = store.read_table(asset, partition)
+        if asset == "memorisation" and set(table.frame["checkpoint_version"]) != {base}:
+            continue  # another base model was asked
+        versions[asset], tables[asset] = table.version, table.frame
+    return ReportInputs(versions, facts, tables, curves)
 
 
 def _pair_facts(

@@ -3,8 +3,8 @@
 What belongs here: which tables, sentences and pictures the report has. What does not: what they
 look like in Markdown and HTML, escaping included (``pages``), computing figures (``evaluation``),
 formatting the metric table's cells (``report``), drawing curves (``plots``), the paper's figures
-(``published``), the sections on comparisons, lists and groups (``report_sections``) and what may
-be concluded (``conclusions``).
+(``published``), the sections on comparisons, lists and groups (``report_sections``), on the
+probe and leave-last-out (``report_probes``), and what may be concluded (``conclusions``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from llmrec_assets.ground.published import PUBLISHED, SOURCE, PublishedTable
 from llmrec_assets.ground.recipes import HYBRID
 from llmrec_assets.ground.recommendations import STAGE_ORDER, stage_key
 from llmrec_assets.ground.report import readable, row_labels, row_of
+from llmrec_assets.ground.report_probes import leave_last_out_section, memorisation_section
 from llmrec_assets.ground.report_sections import forest, protocol_sections
 
 #: What the four stages rest on, in order; what has no facts is shown as missing.
@@ -83,6 +84,8 @@ def build_report(
     group_metrics: pd.DataFrame,
     confidence: float,
     sample_recommendations: pd.DataFrame,
+    memorisation: pd.DataFrame | None,
+    leave_last_out: pd.DataFrame | None,
     facts: Mapping[str, Mapping[str, Any]],
     curves: Sequence[Curve],
     generated: Mapping[str, str],
@@ -98,6 +101,8 @@ def build_report(
         group_metrics: ``GROUP_METRICS``.
         confidence: of the intervals; 1 - confidence is the level of the comparisons.
         sample_recommendations: ``SAMPLE_RECOMMENDATIONS``.
+        memorisation: ``MEMORISATION``; ``None``: the report says that there is none.
+        leave_last_out: ``LEAVE_LAST_OUT``; likewise.
         facts: asset → what is known of it, JSON values; a checkpoint or ``preference_pairs`` that
             is absent is named as missing. ``version``, ``seconds`` and ``run_id``
             get columns of their own; a long list is counted, not shown.
@@ -121,6 +126,8 @@ def build_report(
             str(protocol), part, comparisons, beyond_accuracy, group_metrics, confidence, where
         )
     blocks += [Heading("Table 2: one user through the stages"), *_one_user(sample_recommendations)]
+    blocks += [Heading("Memorisation"), *memorisation_section(memorisation)]
+    blocks += [Heading("Leave-last-out"), *leave_last_out_section(leave_last_out)]
     blocks += [Heading("Preference pairs"), *_pairs(facts)]
     pictures = _pictures(curves)
     blocks.append(Heading("Curves"))

@@ -79,7 +79,7 @@ _ANSWERED = (
     "answer_version",
     pa.string(),
     True,
-    "hash of how it was decoded and grounded; NULL: a classical recommender",
+    "hash of how it was decoded and grounded, or of the recipe's baselines",
 )
 
 USER_SPLITS = _schema(

@@ -52,11 +52,17 @@ class StageTables:
     left_out: list[str]
 
 
-def current_stages(store: Store, partition: str, prompts_version: str) -> StageTables:
+def current_stages(
+    store: Store, partition: str, prompts_version: str, baselines_version: str
+) -> StageTables:
     """Reads the current recommendation tables and keeps those made from ``prompts_version``.
 
+    Args:
+        baselines_version: of the recipe (``answers.baselines_version``).
+
     Raises:
-        DataError: none of them is.
+        DataError: none of them is, or the classical lists were made by another recipe. They are
+            not left out: without them every bar of the table would be gone.
     """
     kept, left_out = [], []
     for asset in RECOMMENDATION_TABLES:
@@ -85,6 +91,9 @@ def current_stages(store: Store, partition: str, prompts_version: str) -> StageT
         if stale is not None:
             left_out.append(f"{asset} is stale: {stale}; materialize it again")
             continue
+        problem = _other_baselines(table.frame, baselines_version)
+        if problem is not None:
+            raise DataError(f"{asset} is stale: {problem}; materialize {asset} again")
         kept.append(table.frame.assign(recommendations_version=table.version))
     if not kept:
         raise DataError(
@@ -132,15 +141,22 @@ def missing_stages(scored: pd.DataFrame) -> list[str]:
 
 
 def require_current(
-    table: pd.DataFrame, name: str, store: Store, partition: str, prompts_version: str
+    table: pd.DataFrame,
+    name: str,
+    store: Store,
+    partition: str,
+    prompts_version: str,
+    baselines_version: str,
 ) -> None:
-    """Refuses metrics of other prompts, or of other checkpoints, than the current ones.
+    """Refuses metrics of other prompts, checkpoints or ``baselines`` than the current ones.
 
     Args:
         table: ``USER_METRICS`` or ``METRIC_TABLE``, called ``name``.
+        baselines_version: as for ``current_stages``.
 
     Raises:
-        DataError: a row is of another prompts version, or its checkpoint has been replaced.
+        DataError: a row is of another prompts version, its checkpoint has been replaced, or its
+            recommender's hyperparameters have.
     """
     others = set(table["prompts_version"]) - {prompts_version}
     if others:
@@ -150,8 +166,21 @@ def require_current(
         )
     for _, rows in table.groupby("stage"):
         stale = _stale_checkpoint(store, partition, rows)
+        stale = stale or _other_baselines(rows, baselines_version)
         if stale is not None:
             raise DataError(f"{name} is stale: {stale}; materialize {name} again")
+
+
+def _other_baselines(lists: pd.DataFrame, baselines_version: str) -> str | None:
+    """Why the classical ones among these lists are not those of the recipe, or None."""
+    classical = lists[lists["stage"].isin(STAGES_OF_TABLE["baseline_recommendations"])]
+    others = set(classical["answer_version"].fillna("unknown")) - {baselines_version}
+    if not others:
+        return None
+    return (
+        f"its classical lists were made by baselines {', '.join(sorted(others))}, the recipe's "
+        f"section `baselines` is {baselines_version}"
+    )
 
 
 def require_made_from(table: pd.DataFrame, name: str, column: str, current: set[str]) -> None:

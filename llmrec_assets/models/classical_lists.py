@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from llmrec_assets.ground.answers import baselines_version
 from llmrec_assets.ground.baselines import Popularity, popularity_ranking
 from llmrec_assets.ground.fits import (
     FitRecord,
@@ -235,6 +236,7 @@ def classical_lists(
             information_set=name,
             top_k=tables.top_k,
             prompts_version=prompts_version,
+            answer_version=baselines_version(recipe.baselines),
         )
         for (stage, decoding, name), answers in sorted(lists.items())
     ]

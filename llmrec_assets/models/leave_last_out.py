@@ -33,15 +33,27 @@ from llmrec_assets.models.lenskit_threads import one_lenskit_thread
 
 def classical_candidates(recipe: LeaveLastOutRecipe) -> list[Candidate]:
     """Popularity; ItemKNN (Deshpande & Karypis, TOIS 2004) with implicit feedback; EASE (Steck,
-    WWW 2019): each setting of the recipe is a candidate."""
+    WWW 2019): each setting of the recipe is a candidate.
+
+    The settings' names are those of ``recipes.BaselinesRecipe``: its grid is larger, and tuned on
+    other users' windows, so a row here and one there are not the same recommender.
+    """
     return [
         Candidate("popularity", "", _fit_popularity),
         *(
-            Candidate("itemknn", f"neighbours {n}", partial(_fit_item_knn, neighbours=n))
+            Candidate(
+                "itemknn",
+                f"save_nbrs {n}, max_nbrs all, feedback rated, last all",
+                partial(_fit_item_knn, neighbours=n),
+            )
             for n in recipe.knn_neighbours
         ),
         *(
-            Candidate("ease", f"regularization {value:g}", partial(_fit_ease, regularization=value))
+            Candidate(
+                "ease",
+                f"regularization {value:g}, feedback rated, last all",
+                partial(_fit_ease, regularization=value),
+            )
             for value in recipe.ease_regularization
         ),
     ]

@@ -66,6 +66,16 @@ def test_popularity_counts_training_users_once_a_film() -> None:
     assert training_popularity(RATINGS, SPLITS, MOVIES) == {1: 3, 2: 1, 3: 0, 4: 0}
 
 
+def test_popularity_of_the_temporal_protocol_ends_at_its_time() -> None:
+    dated = RATINGS.assign(timestamp=range(len(RATINGS)))
+    train = dated[dated["user_id"] < 9]
+    last = int(train["timestamp"].max())
+    whole = training_popularity(dated, SPLITS, MOVIES, last)
+    assert whole == training_popularity(RATINGS, SPLITS, MOVIES)
+    assert sum(training_popularity(dated, SPLITS, MOVIES, last - 1).values()) < sum(whole.values())
+    assert set(training_popularity(dated, SPLITS, MOVIES, -1).values()) == {0}
+
+
 def test_self_information_and_percentiles_by_hand() -> None:
     information = self_information({1: 3, 2: 1, 3: 0, 4: 0}, n_users=3)
     assert information == {1: 0.0, 2: 1.0, 3: 2.0, 4: 2.0}

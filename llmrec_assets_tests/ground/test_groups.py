@@ -12,10 +12,10 @@ from llmrec_assets.ground.tables import conform
 
 MOVIES = pd.DataFrame({"movie_id": [1, 2, 3], "canonical_movie_id": [1, 2, 1]})
 #: film 1 (also as 3) was rated by training users 100 and 101, film 2 by nobody
-RATINGS = pd.DataFrame({"user_id": [100, 101, 101], "movie_id": [1, 3, 1]})
+RATINGS = pd.DataFrame({"user_id": [100, 101, 101], "movie_id": [1, 3, 1], "timestamp": 5})
 
 
-def groups(ages=(17, 18, 56), bands=(None, None, None), history=(10, 20, 30)):
+def groups(ages=(17, 18, 56), bands=(None, None, None), history=(10, 20, 30), until=None):
     n = len(ages)
     users = pd.DataFrame(
         {"user_id": range(n), "age": pd.array(ages, dtype="Int16"),
@@ -25,7 +25,7 @@ def groups(ages=(17, 18, 56), bands=(None, None, None), history=(10, 20, 30)):
     truths = [[2], [1, 2], [3]] + [[1]] * (n - 3)
     prompts = windows.assign(ground_truth_movie_ids=truths).drop(columns="n_history")
     splits = pd.DataFrame({"user_id": [100, 101], "split": "train"})
-    found = user_groups(prompts, windows, users, RATINGS, splits, MOVIES)
+    found = user_groups(prompts, windows, users, RATINGS, splits, MOVIES, until)
     return {
         name: dict(zip(part["user_id"], part["group"], strict=True))
         for name, part in found.groupby("grouping")
@@ -40,6 +40,9 @@ def test_every_grouping_by_hand() -> None:
         # mean training users: 0, 1, 2
         "ground truth popularity": {0: "low", 1: "middle", 2: "high"},
     }
+    # nothing had been rated before any event of the ratings: all are alike
+    early = groups(until=-1)["ground truth popularity"]
+    assert early == {0: "low", 1: "low", 2: "low"}
     assert groups(bands=("25-34", "56+", None), ages=(None, None, 49))["age"] == {
         0: "25-34", 1: "56+", 2: "45-49",
     }  # fmt: skip

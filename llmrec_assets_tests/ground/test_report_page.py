@@ -122,6 +122,8 @@ def report(metrics=None, lists=None, dataset="ml-100k", **other):
         "group_metrics": groups(),
         "confidence": 0.95,
         "base_model": "a model",
+        "memorisation": None,
+        "leave_last_out": None,
         "facts": {},
         "curves": [],
         "generated": {},

@@ -97,7 +97,7 @@ def test_current_tables_are_kept_with_their_versions(store):
         stages[0]: store.publish_table(asset, PARTITION, recommendations(stages[0], "now", "now"))
         for asset, stages in STAGES_OF_TABLE.items()
     }
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert found.left_out == []
     assert found.recommendations["stage"].tolist() == [
         stage for stage in ("base", "sft", "dpo", "rlhf", "popularity") for _ in range(2)
@@ -111,7 +111,7 @@ def test_current_tables_are_kept_with_their_versions(store):
 def test_missing_and_stale_tables_are_named_and_left_out(store):
     store.publish_table("base_recommendations", PARTITION, recommendations("base", "now"))
     store.publish_table("sft_recommendations", PARTITION, recommendations("sft", "before"))
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert found.recommendations["stage"].tolist() == ["base"]
     stale, *_, missing = found.left_out
     assert stale.startswith("sft_recommendations is stale")
@@ -122,7 +122,7 @@ def test_missing_and_stale_tables_are_named_and_left_out(store):
 def test_a_table_of_two_versions_is_stale(store):
     store.publish_table("base_recommendations", PARTITION, recommendations("base", "now"))
     store.publish_table("sft_recommendations", PARTITION, recommendations("sft", "now", "before"))
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert found.recommendations["stage"].tolist() == ["base"]
     assert found.left_out[0].startswith("sft_recommendations is stale")
 
@@ -130,7 +130,7 @@ def test_a_table_of_two_versions_is_stale(store):
 def test_an_empty_table_is_not_called_stale(store):
     store.publish_table("base_recommendations", PARTITION, recommendations("base", "now"))
     store.publish_table("sft_recommendations", PARTITION, recommendations("sft"))
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert found.recommendations["stage"].tolist() == ["base"]
     assert found.left_out[0].startswith("sft_recommendations is empty")
 
@@ -138,13 +138,15 @@ def test_an_empty_table_is_not_called_stale(store):
 def test_a_table_made_again_is_current_again(store):
     for version in ("before", "now"):
         store.publish_table("sft_recommendations", PARTITION, recommendations("sft", version))
-    assert current_stages(store, PARTITION, "now").recommendations["stage"].tolist() == ["sft"]
+    assert current_stages(store, PARTITION, "now", "answered").recommendations[
+        "stage"
+    ].tolist() == ["sft"]
 
 
 def test_other_partitions_do_not_count(store):
     store.publish_table("sft_recommendations", "sample|paper", recommendations("sft", "now"))
     with pytest.raises(DataError, match=r"no recommendations for sample\|tiny") as error:
-        current_stages(store, PARTITION, "now")
+        current_stages(store, PARTITION, "now", "answered")
     for asset in RECOMMENDATION_TABLES:
         assert f"{asset} is missing" in str(error.value)
 
@@ -152,7 +154,7 @@ def test_other_partitions_do_not_count(store):
 def test_nothing_current_says_why_of_each(store):
     store.publish_table("base_recommendations", PARTITION, recommendations("base", "before"))
     with pytest.raises(DataError) as error:
-        current_stages(store, PARTITION, "now")
+        current_stages(store, PARTITION, "now", "answered")
     assert "base_recommendations is stale" in str(error.value)
     assert "sft_recommendations is missing" in str(error.value)
 
@@ -167,13 +169,25 @@ def test_missing_stages_are_those_that_no_row_has():
 
 def test_metrics_of_other_prompts_or_checkpoints_are_refused(store):
     metrics = recommendations("sft", "now", "now")
-    require_current(metrics, "user_metrics", store, PARTITION, "now")
+    require_current(metrics, "user_metrics", store, PARTITION, "now", "answered")
     mixed = recommendations("sft", "b", "now", "a", "b")
     with pytest.raises(DataError, match=r"stale.* prompts a, b, the current ones are now"):
-        require_current(mixed, "user_metrics", store, PARTITION, "now")
+        require_current(mixed, "user_metrics", store, PARTITION, "now", "answered")
     older = recommendations("dpo", "now", checkpoint="older")
     with pytest.raises(DataError, match=r"metric_table is stale: dpo_checkpoint older answered"):
-        require_current(older, "metric_table", store, PARTITION, "now")
+        require_current(older, "metric_table", store, PARTITION, "now", "answered")
+
+
+@pytest.mark.parametrize("made_by", ["older", None])
+def test_classical_lists_of_another_recipe_are_refused_with_the_remedy(store, made_by):
+    lists = recommendations("ease", "now").assign(answer_version=made_by)
+    said = rf"made by baselines {made_by or 'unknown'}, .*`baselines` is answered; materialize "
+    with pytest.raises(DataError, match=said + "user_metrics again"):
+        require_current(lists, "user_metrics", store, PARTITION, "now", "answered")
+    store.publish_table("base_recommendations", PARTITION, recommendations("base", "now"))
+    store.publish_table("baseline_recommendations", PARTITION, lists)
+    with pytest.raises(DataError, match=said + "baseline_recommendations again"):
+        current_stages(store, PARTITION, "now", "answered")
 
 
 def test_a_policy_on_a_replaced_sft_policy_is_left_out(store):
@@ -183,7 +197,7 @@ def test_a_policy_on_a_replaced_sft_policy_is_left_out(store):
     again = checkpoint(store, "sft_checkpoint", base_model=BASE, seed="2").name
     retrained = recommendations("sft", "now", checkpoint=again)
     store.publish_table("sft_recommendations", PARTITION, retrained)
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert set(found.recommendations["stage"]) == {"base", "sft"}
     for asset, line in zip(("dpo", "rlhf"), found.left_out, strict=False):
         assert line.startswith(f"{asset}_recommendations is stale: {asset}_checkpoint ")
@@ -194,7 +208,7 @@ def test_a_stage_whose_checkpoint_is_gone_is_left_out(store):
     for stage in ("base", "sft"):
         store.publish_table(f"{stage}_recommendations", PARTITION, recommendations(stage, "now"))
     shutil.rmtree(Path(str(store.root)) / "checkpoints" / "sft_checkpoint")
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert set(found.recommendations["stage"]) == {"base"}
     assert "the current one is missing" in found.left_out[0]
 
@@ -241,7 +255,7 @@ def test_lists_of_another_stage_or_of_an_older_checkpoint_are_left_out(store):
         "sft_recommendations": recommendations("sft", "now", checkpoint="older"),
     }.items():
         store.publish_table(name, PARTITION, frame)
-    found = current_stages(store, PARTITION, "now")
+    found = current_stages(store, PARTITION, "now", "answered")
     assert found.recommendations["stage"].tolist() == ["base"]
     assert found.left_out[0] == (
         f"sft_recommendations is stale: sft_checkpoint older answered, the current one is "
@@ -251,7 +265,10 @@ def test_lists_of_another_stage_or_of_an_older_checkpoint_are_left_out(store):
     store.publish_table(
         "sft_recommendations", PARTITION, recommendations("sft", "now", checkpoint=current)
     )
-    assert set(current_stages(store, PARTITION, "now").recommendations["stage"]) == {"base", "sft"}
+    assert set(current_stages(store, PARTITION, "now", "answered").recommendations["stage"]) == {
+        "base",
+        "sft",
+    }
 
 
 def test_answers_of_another_stage_or_checkpoint_are_found(store):

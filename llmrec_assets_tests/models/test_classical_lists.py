@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from llmrec_assets.ground.answers import baselines_version
 from llmrec_assets.ground.fits import training_events
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.recipes import load_recipe
@@ -76,6 +77,7 @@ def test_every_list_answers_every_test_window(
         ("popularity", "ranking-shown", "prompt"),
         ("popularity-causal", "ranking", "history"),
     }
+    assert set(made.frame["answer_version"]) == {baselines_version(RECIPE.baselines)}
     assert made.problems == {"keeps_the_contract": [], "fitted_on_training_users_only": []}
     assert made.frame.loc[made.frame["decoding"] == "ranking-shown", "is_seen"].any()
 

@@ -97,6 +97,8 @@ def test_the_report_is_on_disk_with_every_stage_and_curve(finished: FinishedRun)
     markdown = (directory / "report.md").read_text()
     for stage in ("base", "sft", "dpo", "rlhf", "popularity"):
         assert stage in html and stage in markdown
+    for words in ("knows the files by heart", "The last film of every user", "is a hybrid"):
+        assert words in html and words in markdown
     assert "<script" not in html
     assert len(list((directory / "curves").glob("*.png"))) == 4
 

@@ -311,6 +311,25 @@ def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
     assert home.current() == before
 
 
+def test_classical_lists_of_an_older_recipe_are_not_scored(
+    copied: tuple[Home, dg.DagsterInstance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, instance = copied
+    tiny = load_recipe("tiny")
+    edited = tiny.baselines.model_copy(update={"causal_grid_points": 3})
+    recipe = tiny.model_copy(update={"baselines": edited})
+    monkeypatch.setattr(partitions, "load_recipe", lambda name: recipe)
+    before = home.current()
+    result = home.materialize(instance, "user_metrics")
+    (failed,) = [event for event in result.all_events if event.is_step_failure]
+    message = failed.step_failure_data.error.cause.message
+    assert "baseline_recommendations is stale" in message
+    assert "materialize baseline_recommendations again" in message
+    assert home.current() == before
+    assert home.materialize(instance, "baseline_recommendations").success
+    assert home.materialize(instance, "user_metrics").success
+
+
 def scored_on_seen_items(
     lists: pd.DataFrame, prompts: pd.DataFrame, movies: pd.DataFrame, protocol: str
 ) -> pd.DataFrame:

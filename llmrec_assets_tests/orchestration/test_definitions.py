@@ -286,6 +286,8 @@ GRAPH = {
             "group_metrics",
             "sample_recommendations",
             "preference_pairs",
+            "memorisation",
+            "leave_last_out",
             "sft_checkpoint",
             *TRAININGS,
         },

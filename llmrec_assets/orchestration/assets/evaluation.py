@@ -9,11 +9,13 @@ import pandas as pd
 
 from llmrec_assets.ground import beyond, evaluation, recommendations
 from llmrec_assets.ground import comparisons as compare
+from llmrec_assets.ground.answers import baselines_version
 from llmrec_assets.ground.groups import group_metrics as by_group
 from llmrec_assets.ground.groups import user_groups
 from llmrec_assets.ground.recommendations import evaluated_prompts
 from llmrec_assets.ground.report import markdown_table, readable, readable_pairs
 from llmrec_assets.ground.report_inputs import (
+    TABLES,
     TRAININGS,
     report_inputs,
     self_contained,
@@ -21,8 +23,10 @@ from llmrec_assets.ground.report_inputs import (
 )
 from llmrec_assets.ground.report_page import build_report
 from llmrec_assets.ground.score_checks import score_problems
+from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
+    StageTables,
     answers_behind,
     current_stages,
     missing_stages,
@@ -52,6 +56,25 @@ SCORES_HOLD = "scores_hold"
 _MADE_FROM = "user_metrics_version"
 
 
+def _current_stages(
+    context: dg.AssetExecutionContext, storage: StoreResource, prompts: StoredTable
+) -> StageTables:
+    version = baselines_version(recipe_of(context).baselines)
+    return current_stages(storage.store(), context.partition_key, prompts.version, version)
+
+
+def _require_current(
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    prompts: StoredTable,
+    name: str,
+    table: pd.DataFrame,
+) -> None:
+    version = baselines_version(recipe_of(context).baselines)
+    partition = context.partition_key
+    require_current(table, name, storage.store(), partition, prompts.version, version)
+
+
 @dg.asset(
     **table_options("user_metrics", GROUP),
     partitions_def=run_partitions,
@@ -74,7 +97,7 @@ def user_metrics(
     movies: pd.DataFrame,
 ) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
-    stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    stages = _current_stages(context, storage, prompts)
     for line in stages.left_out:
         context.log.warning(line)
     recipe = recipe_of(context)
@@ -107,9 +130,7 @@ def comparisons(
 ) -> TableResult:
     """Paired differences between rows: interval, sign-flip p-value, Holm's correction, power."""
     recipe = recipe_of(context)
-    require_current(
-        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
-    )
+    _require_current(context, storage, prompts, "user_metrics", user_metrics.frame)
     frame = compare.comparisons(
         user_metrics.frame, recipe.evaluation, config.seed_of(recipe), user_metrics.version
     )
@@ -133,7 +154,8 @@ def group_metrics(
     """NDCG by age, gender, activity and popularity of the ground truth, for every row."""
     recipe = recipe_of(context)
     asked = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
-    groups = user_groups(asked, interaction_windows, users, ratings, user_splits, movies)
+    until = temporal_split_time(ratings, recipe.windows)
+    groups = user_groups(asked, interaction_windows, users, ratings, user_splits, movies, until)
     frame = by_group(
         user_metrics.frame,
         groups,
@@ -160,7 +182,7 @@ def beyond_accuracy(
 ) -> TableResult:
     """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
-    lists = current_stages(store, partition, prompts.version).recommendations
+    lists = _current_stages(context, storage, prompts).recommendations
     frame = beyond.beyond_accuracy(
         lists,
         prompts.frame,
@@ -170,6 +192,7 @@ def beyond_accuracy(
         answers_behind(store, partition, lists),
         liked_min=recipe.windows.liked_min,
         protocol=recipe.windows.protocol,
+        until=temporal_split_time(ratings, recipe.windows),
     )
     return table_result("beyond_accuracy", frame, {"rows": len(frame)})
 
@@ -185,9 +208,7 @@ def metric_table(
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
     recipe = recipe_of(context)
-    require_current(
-        user_metrics.frame, "user_metrics", storage.store(), context.partition_key, prompts.version
-    )
+    _require_current(context, storage, prompts, "user_metrics", user_metrics.frame)
     require_made_from(comparisons, "comparisons", _MADE_FROM, {user_metrics.version})
     frame = evaluation.metric_table(
         user_metrics.frame,
@@ -227,7 +248,7 @@ def sample_recommendations(
 ) -> TableResult:
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
-    stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    stages = _current_stages(context, storage, prompts)
     frame = recommendations.sample_recommendations(
         prompts.frame,
         interaction_windows,
@@ -271,7 +292,7 @@ def leave_last_out(
 @dg.asset(
     **directory_options("report", GROUP, "markdown", "html"),
     partitions_def=run_partitions,
-    deps=[*TRAININGS, "preference_pairs"],
+    deps=[*TRAININGS, "preference_pairs", *TABLES],
 )
 def report(
     context: dg.AssetExecutionContext,
@@ -286,7 +307,7 @@ def report(
 ) -> CheckedResult:
     """The paper's tables beside ours, one user's lists and the curves, as Markdown and HTML."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
-    require_current(metric_table.frame, "metric_table", store, partition, prompts.version)
+    _require_current(context, storage, prompts, "metric_table", metric_table.frame)
     scored = {str(store.current("user_metrics", partition, kind="tables"))}
     require_made_from(comparisons.frame, "comparisons", _MADE_FROM, scored)
     require_made_from(group_metrics.frame, "group_metrics", _MADE_FROM, scored)
@@ -314,6 +335,8 @@ def report(
             group_metrics=group_metrics.frame,
             confidence=recipe.evaluation.confidence,
             sample_recommendations=sample_recommendations.frame,
+            memorisation=made.tables.get("memorisation"),
+            leave_last_out=made.tables.get("leave_last_out"),
             facts=made.facts,
             curves=made.curves(),
             generated={},
