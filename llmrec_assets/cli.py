@@ -1,4 +1,4 @@
-"""The command line: ``llmrec run``, ``evaluate``, ``sql``, ``table``, ``sample``, ``init``.
+"""The command line: ``llmrec run``, ``evaluate``, ``promote``, ``recommend``, ``sql`` and others.
 
 What belongs here: reading arguments, printing. What does not: any work; every command calls one
 function of a floor below. Dagster is imported only by the commands that need it.
@@ -57,6 +57,32 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, help="override the recipe's seed")
     evaluate.set_defaults(command=_evaluate)
 
+    promote = commands.add_parser(
+        "promote", help="let a recipe challenge its data set's champion, or roll back"
+    )
+    promote.add_argument("--dataset", default="sample")
+    question = promote.add_mutually_exclusive_group(required=True)
+    question.add_argument("--recipe", help="the challenger's recipe")
+    question.add_argument("--roll-back-to", metavar="VERSION", help="an earlier champion")
+    promote.add_argument("--stage", help="sft, dpo or rlhf (default: the recipe's promotion.stage)")
+    promote.add_argument("--force", action="store_true", help="decide again what was decided")
+    promote.set_defaults(command=_promote)
+
+    recommend = commands.add_parser("recommend", help="films for users, from the champion")
+    recommend.add_argument("--dataset", default="sample")
+    who = recommend.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", type=int, metavar="ID", help="a user of the data set")
+    who.add_argument(
+        "--users",
+        type=Path,
+        metavar="FILE",
+        help=".csv, .jsonl or .parquet: user_id alone, or a row a rating with user_id, movie_id or "
+        "title, rating, and timestamp if known",
+    )
+    recommend.add_argument("--k", type=int, default=5, help="films for each user")
+    recommend.add_argument("--format", choices=("table", "json", "csv"), default="table")
+    recommend.set_defaults(command=_recommend)
+
     sql = commands.add_parser("sql", help="query the current tables, also while a run is going on")
     sql.add_argument("query")
     sql.set_defaults(command=_sql)
@@ -91,6 +117,61 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     evaluate_partition(options.dataset, options.recipe, seed=options.seed)
     return _show(options)
+
+
+def _promote(options: argparse.Namespace) -> int:
+    _initialise_dagster_home()
+    from llmrec_assets.runs import promote
+
+    before = len(_promotions(options.dataset))
+    promote(
+        options.dataset,
+        challenger=options.recipe,
+        stage=options.stage,
+        roll_back_to=options.roll_back_to,
+        force=options.force,
+    )
+    past = _promotions(options.dataset)
+    last = past.iloc[-1]
+    if len(past) == before:
+        print(f"nothing new to decide; champion of {options.dataset}: {last['in_force']}")
+    else:
+        print(f"{last['decision']}: {last['reason']}")
+        print(f"champion of {options.dataset}: {last['in_force']}")
+    return 0
+
+
+def _promotions(dataset: str) -> Any:
+    from llmrec_assets.ground.promotion import recorded
+
+    return recorded(_store(), dataset)
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    import json
+    import logging
+
+    from llmrec_assets.recommend import recommend
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llmrec").setLevel(logging.INFO)
+    users = None if options.user is None else [options.user]
+    found = recommend(options.dataset, users=users, file=options.users, k=options.k)
+    notes = {"champion": found.champion, "score": found.score, "reason": found.reason}
+    if options.format == "json":
+        rows = json.loads(found.frame.to_json(orient="records"))
+        answer = {"dataset": options.dataset, **notes, "recommendations": rows}
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        return 0
+    if options.format == "csv":
+        found.frame.to_csv(sys.stdout, index=False)
+    else:
+        shown = found.frame.assign(score=found.frame["score"].map("{:.2f}".format))
+        print(f"{options.dataset}{_label(options.dataset)}")
+        print(shown.to_string(index=False))
+    for name, meaning in notes.items():
+        print(f"{name}: {meaning}", file=sys.stderr)
+    return 0
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import dagster as dg
 
 from llmrec_assets.orchestration import jobs
 from llmrec_assets.orchestration.assets import (
+    champion,
     evaluation,
     models,
     preferences,
@@ -27,7 +28,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
     storage = overrides.pop("storage", StoreResource())
     return dg.Definitions(
         assets=dg.load_assets_from_modules(
-            [source, prompts, models, preferences, recommendations, evaluation, probes]
+            [source, prompts, models, preferences, recommendations, evaluation, probes, champion]
         ),
         jobs=[
             jobs.source_data,
@@ -35,6 +36,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
             jobs.recommender,
             jobs.supervised,
             jobs.evaluation,
+            jobs.promotion,
         ],
         resources={
             "storage": storage,

@@ -118,6 +118,38 @@ def evaluate_partition(
     return _run(defs, "evaluation", partition, instance, seed=seed, selection=selection)
 
 
+def promote(
+    dataset: str,
+    *,
+    challenger: str | None = None,
+    stage: str | None = None,
+    roll_back_to: str | None = None,
+    force: bool = False,
+    instance: dg.DagsterInstance | None = None,
+    defs: dg.Definitions | None = None,
+) -> str:
+    """Lets a recipe challenge the champion of ``dataset``, or rolls back; returns the run id.
+
+    Args:
+        challenger: a recipe, ``stage`` of which challenges (default: its ``promotion.stage``).
+        roll_back_to: version of an earlier champion.
+        force: decides again what was decided.
+
+    Raises:
+        RecipeError: unknown data set, recipe or stage.
+        LlmrecError: nothing to challenge with or to go back to, or a blocking check failed.
+        Exception: whatever else the failing step raised.
+    """
+    if dataset not in DATASETS:
+        raise RecipeError(f"no data set named {dataset!r}: known are {', '.join(DATASETS)}")
+    asked = {"challenger": challenger, "stage": stage, "roll_back_to": roll_back_to, "force": force}
+    config = {name: value for name, value in asked.items() if value}
+    instance = instance or dg.DagsterInstance.get()
+    bury_dead_runs(instance)
+    defs = defs or build_defs()
+    return _run(defs, "promotion", dataset, instance, config={"champion": config})
+
+
 def _run(
     defs: dg.Definitions,
     job_name: str,
@@ -127,8 +159,10 @@ def _run(
     force: bool = False,
     seed: int | None = None,
     selection: list[dg.AssetKey] | None = None,
+    config: dict[str, dict[str, Any]] | None = None,
 ) -> str:
-    """One job in this process, ``selection`` of it or all; returns the run id."""
+    """One job in this process, ``selection`` of it or all; returns the run id. ``config``: of steps
+    by name, in place of ``force`` and ``seed``."""
     me = psutil.Process()
     tags = {
         _PID_TAG: str(me.pid),
@@ -136,11 +170,14 @@ def _run(
         _HOST_TAG: socket.gethostname(),
     }
     job = defs.resolve_job_def(job_name).with_logger_defs({"console": terminal})
+    run_config = _config(job, force=force, seed=seed, selection=selection)
+    if config is not None:
+        run_config["ops"] = {name: {"config": values} for name, values in config.items()}
     try:
         result = job.execute_in_process(
             instance=instance,
             partition_key=partition,
-            run_config=_config(job, force=force, seed=seed, selection=selection),
+            run_config=run_config,
             tags=tags,
             asset_selection=selection,
         )

@@ -416,6 +416,18 @@ class EvaluationRecipe(Section):
     max_test_users: Count | None = None
 
 
+class PromotionRecipe(Section):
+    """Which policy of the recipe challenges the champion of its data set (``ground.promotion``).
+
+    ``decoding``: how validation users are answered, and how the champion then serves. ``margin``:
+    the loss of NDCG@k that the paired interval must exclude, in [0, 1].
+    """
+
+    stage: Literal["sft", "dpo", "rlhf"] = "sft"
+    decoding: DecodingName = "ranked"
+    margin: Share = 0.01
+
+
 class ProbeRecipe(Section):
     """Memorisation probes of the base model (``ground.memorisation``); ``n`` questions each."""
 
@@ -457,12 +469,14 @@ class Recipe(Section):
     grounding: GroundingRecipe = GroundingRecipe()
     baselines: BaselinesRecipe = BaselinesRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    promotion: PromotionRecipe = PromotionRecipe()
     probes: ProbeRecipe = ProbeRecipe()
     leave_last_out: LeaveLastOutRecipe = LeaveLastOutRecipe()
 
     @model_validator(mode="after")
     def _lists_can_be_filled(self) -> Recipe:
-        if "ranked" in self.generation.decodings and self.generation.beams < self.windows.top_k:
+        ranked = "ranked" in (*self.generation.decodings, self.promotion.decoding)
+        if ranked and self.generation.beams < self.windows.top_k:
             raise ValueError(
                 f"generation.beams {self.generation.beams} cannot fill lists of windows.top_k "
                 f"{self.windows.top_k}"

@@ -389,6 +389,51 @@ LEAVE_LAST_OUT = _schema(
     *_interval("ndcg", "mean NDCG@k of the last film"),
 )
 
+PROMOTIONS = _schema(
+    ("decided_at", pa.string(), False, "when, ISO 8601, UTC"),
+    (
+        "decision",
+        pa.string(),
+        False,
+        "'first', 'promoted', 'kept', 'refused' (a blocking check failed) or 'rolled back'",
+    ),
+    ("reason", pa.string(), False, "why, in a sentence"),
+    (
+        "challenger",
+        pa.string(),
+        False,
+        "version that challenged; rolled back: the one taken back; an attempt at a version of "
+        "`champion`, published only where it won",
+    ),
+    ("challenger_recipe", pa.string(), False, "its recipe"),
+    ("challenger_stage", pa.string(), False, "its stage: 'sft', 'dpo' or 'rlhf'"),
+    ("challenger_decoding", pa.string(), False, "how it answers and serves"),
+    ("champion", pa.string(), True, "version in force before; NULL: there was none"),
+    ("champion_recipe", pa.string(), True, "its recipe"),
+    ("champion_stage", pa.string(), True, "its stage"),
+    ("champion_decoding", pa.string(), True, "how it answers and serves"),
+    ("in_force", pa.string(), True, "version in force afterwards; NULL: still none"),
+    ("loser", pa.string(), True, "which of the two is not in force; NULL: there is none"),
+    ("k", pa.int16(), True, "list length; NULL: nothing was measured, as all that follows"),
+    ("n_users", pa.int32(), True, "validation users answered, by both where there are two"),
+    ("users_left_out", pa.int32(), True, "validation users that the champion was trained on"),
+    ("ndcg_challenger", pa.float64(), True, "its mean NDCG@k on these users"),
+    ("ndcg_champion", pa.float64(), True, "the champion's on the same users and windows"),
+    *_interval("difference", "mean paired NDCG@k difference to the champion", nullable=True),
+    ("margin", pa.float64(), True, "loss that the interval must exclude"),
+    ("confidence", pa.float64(), True, "confidence of the interval"),
+    (
+        "test_ndcg_challenger",
+        pa.float64(),
+        True,
+        "its NDCG@k in `metric_table`, which decided nothing; NULL: test users were not asked so",
+    ),
+    ("test_ndcg_champion", pa.float64(), True, "the champion's, when it was promoted"),
+    ("prompts_version", pa.string(), True, "version of the challenger's prompts"),
+    ("ratings_version", pa.string(), True, "version of the ratings"),
+    ("run_id", pa.string(), False, "Dagster run that decided"),
+)
+
 #: Schema by asset name. ``*_responses`` and ``*_recommendations`` share one schema each.
 SCHEMAS: dict[str, pa.Schema] = {
     "ratings": RATINGS,
@@ -411,4 +456,5 @@ SCHEMAS: dict[str, pa.Schema] = {
     "sample_recommendations": SAMPLE_RECOMMENDATIONS,
     "memorisation": MEMORISATION,
     "leave_last_out": LEAVE_LAST_OUT,
+    "promotions": PROMOTIONS,
 }

@@ -262,6 +262,24 @@ def checkpoint_problems(
     return problems
 
 
+def policy_problems(
+    stage: str, base_model: Path, adapters: Sequence[Path], partition: str, prompts_version: str
+) -> list[str]:
+    """``checkpoint_problems`` of all that a stage's policy stands on.
+
+    Args:
+        adapters: SFT's, then the one trained on top of it; none for ``base``.
+    """
+    problems = checkpoint_problems(base_model, "base_model", partition.split("|")[-1], {})
+    made_from = {"base_model": base_model.name, "prompts": prompts_version}
+    own = CHECKPOINT_OF_STAGE[stage]
+    chain = [] if stage == "base" else list(dict.fromkeys(["sft_checkpoint", own]))
+    for asset, adapter in zip(chain, adapters, strict=True):
+        problems += checkpoint_problems(adapter, asset, partition, made_from)
+        made_from[asset] = adapter.name
+    return problems
+
+
 def require_checkpoint(
     checkpoint: Path, asset: str, partition: str, determinants: Mapping[str, str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The test prompts, answered by one stage: the rows of a ``*_responses`` table.
+"""Prompts answered by one policy: the rows of a ``*_responses`` table.
 
 What belongs here: which prompts, which weights, in which order. What does not: how text is
 generated (``generation``) and how it is read (``ground``).
@@ -7,8 +7,9 @@ generated (``generation``) and how it is read (``ground``).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from llmrec_assets.models.trie import catalogue_tries
 
 @dataclass(frozen=True)
 class Answers:
-    """Rows of ``schemas.RESPONSES`` and what the run found out."""
+    """Rows of ``schemas.RESPONSES`` and what the run found out. ``log_probabilities``: by row, of
+    a ranking's titles; empty for the other decodings."""
 
     frame: pd.DataFrame
     facts: dict[str, Any]
+    log_probabilities: tuple[tuple[float, ...], ...]
 
 
 def answer_test_prompts(
@@ -51,18 +54,59 @@ def answer_test_prompts(
     candidates: Candidates | None = None,
     progress: Progress = silent,
 ) -> Answers:
-    """Answers every test prompt, or those of the first ``max_users`` test users by id, once by each
-    of the recipe's ``rows``.
+    """``answer_prompts`` of every test prompt, or of those of the first ``max_users`` test users by
+    id.
+
+    Args:
+        prompts: rows of ``schemas.PROMPTS``; only ``split == "test"`` is asked.
+        adapters: the stage's adapters in the order they are merged; the last one names the
+            stage. None: the base model itself.
+    """
+    return answer_prompts(
+        evaluated_prompts(prompts, max_users),
+        ratings,
+        movies,
+        partial(load_policy, base_dir, adapters),
+        recipe,
+        stage=stage,
+        checkpoint_version=[base_dir, *adapters][-1].name,
+        prompts_version=prompts_version,
+        answer_versions=answer_versions,
+        top_k=top_k,
+        seed=seed,
+        device=device,
+        candidates=candidates,
+        progress=progress,
+    )
+
+
+def answer_prompts(
+    prompts: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    load: Callable[..., tuple[Any, Any]],
+    recipe: GenerationRecipe,
+    *,
+    stage: str,
+    checkpoint_version: str,
+    prompts_version: str,
+    answer_versions: Mapping[str, str],
+    top_k: int,
+    seed: int,
+    device: Device,
+    candidates: Candidates | None = None,
+    progress: Progress = silent,
+) -> Answers:
+    """Answers every prompt, once by each of the recipe's ``rows``.
 
     All but ``free`` leave out every film rated by the window's cut-off, as a deployed catalogue
     filter would; the prompt is the same. The hybrid ranks all of a window's candidates, no beam
     left out.
 
     Args:
-        prompts: rows of ``schemas.PROMPTS``; only ``split == "test"`` is asked.
+        prompts: rows of ``schemas.PROMPTS``, of whichever split.
         ratings: ``RATINGS``, and ``movies``: ``MOVIES``, for that filter and the titles.
-        adapters: the stage's adapters in the order they are merged; the last one names the
-            stage. None: the base model itself.
+        load: gives model and tokenizer for a ``dtype`` and a ``device`` (``loading.load_policy``).
         answer_versions: by decoding (``ground.answers.answer_versions``).
         top_k: titles of a list.
         candidates: what the hybrid ranks.
@@ -74,15 +118,12 @@ def answer_test_prompts(
     """
     if HYBRID in recipe.rows and candidates is None:
         raise ValueError(f"{HYBRID} answers need candidates")
-    test = evaluated_prompts(prompts, max_users)
-    keys = list(zip(*(test[name].tolist() for name in WINDOW_KEY), strict=True))
+    keys = list(zip(*(prompts[name].tolist() for name in WINDOW_KEY), strict=True))
     started = time.monotonic()
-    model, tokenizer = load_policy(
-        base_dir, adapters, dtype=usable_dtype(device, recipe.dtype), device=device.torch
-    )
+    model, tokenizer = load(dtype=usable_dtype(device, recipe.dtype), device=device.torch)
     constrained = set(recipe.rows) - {"free"}
     tries = catalogue_tries(tokenizer, movies, top_k) if constrained else None
-    seen = seen_sets(test, ratings, movies) if constrained else {}
+    seen = seen_sets(prompts, ratings, movies) if constrained else {}
 
     def lists(decoding: str) -> Lists:
         assert tries is not None
@@ -100,7 +141,7 @@ def answer_test_prompts(
 
     def answers(decoding: str) -> list[Response]:
         what = f"{stage} responses, {decoding}"
-        asked = test["prompt"].tolist()
+        asked = prompts["prompt"].tolist()
         if decoding in ("ranked", HYBRID):
             return ranked_responses(
                 model,
@@ -125,22 +166,24 @@ def answer_test_prompts(
         )
 
     frames: list[pd.DataFrame] = []
+    scores: list[tuple[float, ...]] = []
     costs: dict[str, float] = {}
     for decoding in recipe.rows:
         begun = time.monotonic()
         responses = answers(decoding)
         seconds = time.monotonic() - begun
-        frame = test[WINDOW_KEY].reset_index(drop=True)
+        frame = prompts[WINDOW_KEY].reset_index(drop=True)
         frame["stage"] = stage
         frame["decoding"] = decoding
         frame["response"] = [r.text for r in responses]
         frame["n_prompt_tokens"] = [r.n_prompt_tokens for r in responses]
         frame["n_response_tokens"] = [r.n_response_tokens for r in responses]
         frame["finished"] = [r.finished for r in responses]
-        frame["checkpoint_version"] = [base_dir, *adapters][-1].name
+        frame["checkpoint_version"] = checkpoint_version
         frame["prompts_version"] = prompts_version
         frame["answer_version"] = answer_versions[decoding]
         frames.append(frame)
+        scores += [r.log_probabilities for r in responses]
         n_tokens = int(frame["n_response_tokens"].sum())
         costs |= {
             f"{decoding}_seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
@@ -157,4 +200,5 @@ def answer_test_prompts(
             "peak_memory_gb": round(peak_memory_gb(device), 2),
             "device": device.name,
         },
+        tuple(scores),
     )

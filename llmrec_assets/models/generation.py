@@ -44,12 +44,13 @@ class Lists:
 class Response:
     """One answer. ``finished``: it ended by itself rather than at ``max_new_tokens``.
     ``n_response_tokens``: tokens generated; of a ranking, the tokens of titles that were read to
-    find it."""
+    find it. ``log_probabilities``: of a ranking's titles, best first."""
 
     text: str
     n_prompt_tokens: int
     n_response_tokens: int
     finished: bool
+    log_probabilities: tuple[float, ...] = ()
 
 
 def generate_responses(
@@ -160,6 +161,7 @@ def ranked_responses(
                 n_prompt_tokens=len(asked[index]),
                 n_response_tokens=ranking.n_tokens,
                 finished=True,
+                log_probabilities=ranking.log_probabilities,
             )
     return [responses[i] for i in range(len(prompts))]
 

@@ -16,6 +16,24 @@ class ForceConfig(dg.Config):
     )
 
 
+class PromotionConfig(dg.Config):
+    """Who challenges a data set's champion, or which earlier champion comes back."""
+
+    challenger: str | None = Field(
+        default=None, description="Recipe whose policy challenges, as it is in the store."
+    )
+    stage: str | None = Field(
+        default=None, description="Overrides the recipe's promotion.stage: sft, dpo or rlhf."
+    )
+    roll_back_to: str | None = Field(
+        default=None, description="Version of an earlier champion to put in force again."
+    )
+    force: bool = Field(
+        default=False,
+        description="Decide again what was decided, and replace a champion that is damaged.",
+    )
+
+
 class RunConfig(ForceConfig):
     """Launch-time options of a step; the defaults are what a schedule or a backfill uses."""
 

@@ -29,6 +29,7 @@ _recommender = (
     dg.AssetSelection.all()
     - dg.AssetSelection.groups("source")
     - dg.AssetSelection.assets("base_model")
+    - dg.AssetSelection.groups("champion")
 )
 _alignment = dg.AssetSelection.groups("preferences") | dg.AssetSelection.assets(
     "dpo_checkpoint",
@@ -67,4 +68,12 @@ evaluation = dg.define_asset_job(
     description="Everything after the responses of a `dataset | recipe`, without a model: "
     "grounding, metrics, tables, report. Where a stage has not answered (ML-1M stops at SFT), "
     "leave its recommendations out of the selection, as `llmrec evaluate` does.",
+)
+
+promotion = dg.define_asset_job(
+    "promotion",
+    selection=dg.AssetSelection.groups("champion"),
+    partitions_def=dataset_partitions,
+    description="Lets a recipe challenge the champion of a data set, or brings an earlier champion "
+    "back: run config names the recipe (challenger) or the version (roll_back_to).",
 )

@@ -54,6 +54,7 @@ def table_result(
     sees what changed and not what merely ran."""
     table = conform(frame, SCHEMAS[asset], asset)
     return dg.MaterializeResult(
+        asset_key=asset,
         value=table,
         data_version=dg.DataVersion(content_version(table)),
         metadata={

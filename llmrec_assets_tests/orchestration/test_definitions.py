@@ -275,6 +275,20 @@ GRAPH = {
         "table_io",
         set(),
     ),
+    **dict.fromkeys(
+        ("champion", "promotions"),
+        (
+            "champion",
+            "dataset",
+            {
+                *("ratings", "users", "movies", "prompts", "interaction_windows", "user_splits"),
+                *("catalogue", "preference_pairs", "sft_checkpoint", "metric_table", *TRAININGS),
+            },
+            None,
+            "directory_io",
+            {"challenger_keeps_every_check"},
+        ),
+    ),
     "report": (
         "evaluation",
         "dataset|recipe",
@@ -296,6 +310,7 @@ GRAPH = {
         set(),
     ),
 }
+GRAPH["promotions"] = (*GRAPH["promotions"][:4], "table_io", set())
 #: The checks that warn: a bad reward model is told, and stops nothing.
 WARNINGS = {"reward_model": {"ranks_validation_pairs"}}
 
@@ -320,15 +335,16 @@ def test_the_public_graph_is_the_declared_one(graph: dg.AssetGraph) -> None:
     found = {}
     for node in graph.asset_nodes:
         definition = node.assets_def
+        own = [spec for spec in definition.check_specs if spec.asset_key == node.key]
         found[node.key.to_user_string()] = (
             node.group_name,
             _shape(node.partitions_def),
             {key.to_user_string() for key in node.parent_keys},
             definition.op.pool,
             definition.get_io_manager_key_for_asset_key(node.key),
-            {spec.name for spec in definition.check_specs if spec.blocking},
+            {spec.name for spec in own if spec.blocking},
         )
-        warning = {spec.name for spec in definition.check_specs if not spec.blocking}
+        warning = {spec.name for spec in own if not spec.blocking}
         assert warning == WARNINGS.get(node.key.to_user_string(), set())
     assert found == GRAPH
 
@@ -368,7 +384,7 @@ def test_whatever_takes_run_config_takes_the_override_of_the_command_line(
 
 def test_the_jobs_cover_every_asset_once(graph: dg.AssetGraph) -> None:
     defs = build_defs()
-    jobs = ["source_data", "prepare_base_model", "recommender"]
+    jobs = ["source_data", "prepare_base_model", "recommender", "promotion"]
     covered = [
         key.to_user_string()
         for job in jobs
@@ -381,7 +397,7 @@ def test_the_supervised_job_stops_where_the_paper_stops_on_ml_1m() -> None:
     keys = build_defs().resolve_job_def("supervised").asset_layer.executable_asset_keys
     left_out = set(GRAPH) - {key.to_user_string() for key in keys}
     assert left_out == {
-        *(name for name, entry in GRAPH.items() if entry[0] == "source"),
+        *(name for name, entry in GRAPH.items() if entry[0] in ("source", "champion")),
         *("base_model", "sampled_responses", "preference_pairs"),
         *TRAININGS,
         *("dpo_responses", "rlhf_responses", "dpo_recommendations", "rlhf_recommendations"),
@@ -401,6 +417,7 @@ def test_titles_reach_models_and_lists_through_the_catalogue_alone(graph: dg.Ass
     assert readers == {
         *("ratings", "interaction_windows", "catalogue", "prompts", "user_metrics"),
         *("beyond_accuracy", "group_metrics", "leave_last_out"),
+        *("champion", "promotions"),
     }
 
 

@@ -181,7 +181,7 @@ def _ready(ui: Ui) -> bool:
 def test_the_asset_graph_is_served(ui: Ui) -> None:
     nodes = ui.query("{ assetNodes { assetKey { path } groupName description isExecutable } }")
     served = {node["assetKey"]["path"][0]: node for node in nodes["assetNodes"]}
-    directories = {"movielens_files", "base_model", "reward_model", "report"}
+    directories = {"movielens_files", "base_model", "reward_model", "report", "champion"}
     trained = {f"{stage}_checkpoint" for stage in ("sft", "dpo", "rlhf")}
     assert set(served) == set(SCHEMAS) | directories | trained
     assert all(node["isExecutable"] and node["description"] for node in served.values())

@@ -12,11 +12,7 @@ from llmrec_assets.ground.answers import (
     parsing_problems,
     validity,
 )
-from llmrec_assets.ground.stages import (
-    CHECKPOINT_OF_STAGE,
-    checkpoint_problems,
-    response_problems,
-)
+from llmrec_assets.ground.stages import policy_problems, response_problems
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
 from llmrec_assets.orchestration.config import RunConfig
@@ -81,13 +77,7 @@ def _answer(
     from llmrec_assets.models.classical_lists import ease_candidates
 
     recipe, partition = recipe_of(context), context.partition_key
-    problems = checkpoint_problems(base_model, "base_model", partition.split("|")[-1], {})
-    own = CHECKPOINT_OF_STAGE[stage]
-    made_from = {"base_model": base_model.name, "prompts": prompts.version}
-    chain = [] if stage == "base" else list(dict.fromkeys(["sft_checkpoint", own]))
-    for asset, adapter in zip(chain, adapters, strict=True):
-        problems += checkpoint_problems(adapter, asset, partition, made_from)
-        made_from[asset] = adapter.name
+    problems = policy_problems(stage, base_model, adapters, partition, prompts.version)
     yield from blocking_checks(f"{stage}_responses", {_OWN: problems})
     made, seed = None, config.seed_of(recipe)
     if recipe.generation.candidates == "ease":
