@@ -383,9 +383,7 @@ def test_asked_nothing_or_two_things_it_says_what_to_ask(
     ):
         with pytest.raises(DataError, match=said):
             promote("sample", instance=instance, defs=home.defs(), **options)
-    with pytest.raises(
-        StoreError, match=r"prompts has not been materialized for sample"
-    ):
+    with pytest.raises(StoreError, match=r"prompts has not been materialized for sample"):
         promote("sample", challenger="quickstart", instance=instance, defs=home.defs())
 
 
