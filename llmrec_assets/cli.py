@@ -1,4 +1,4 @@
-"""The command line: ``llmrec run``, ``evaluate``, ``promote``, ``recommend``, ``sql`` and others.
+"""The command line: ``llmrec run``, ``evaluate``, ``promote``, ``recommend``, ``health``, …
 
 What belongs here: reading arguments, printing. What does not: any work; every command calls one
 function of a floor below. Dagster is imported only by the commands that need it.
@@ -92,6 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--recipe", default="quickstart")
     table.add_argument("--markdown", action="store_true", help="as a Markdown table")
     table.set_defaults(command=_table)
+
+    prune = commands.add_parser(
+        "prune", help="list old versions that nothing kept cites; with --yes remove them"
+    )
+    prune.add_argument("--keep", type=int, default=5, help="newest versions kept (default: 5)")
+    prune.add_argument("--yes", action="store_true", help="remove what is listed")
+    prune.set_defaults(command=_prune)
+
+    health = commands.add_parser(
+        "health", help="look at files, manifests, views, leftovers, runs and locks"
+    )
+    health.add_argument("--repair", action="store_true", help="mend what is safe to mend")
+    health.set_defaults(command=_health)
 
     sample = commands.add_parser("sample", help="generate the synthetic sample")
     sample.add_argument("--seed", type=int, default=1)
@@ -226,6 +239,31 @@ def _label(dataset: str) -> str:
     return "   (synthetic data: shows that the graph works, nothing about films)" * (
         dataset == "sample"
     )
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from llmrec_assets.ground.retention import plan, prune
+
+    found = (prune if options.yes else plan)(_store(), options.keep)
+    for line in found.lines():
+        print(line)
+    if not options.yes and (found.versions or found.work):
+        print("nothing was removed: `llmrec prune --yes` removes what is listed")
+    return 0
+
+
+def _health(options: argparse.Namespace) -> int:
+    """1 when a problem is left."""
+    _initialise_dagster_home()
+    import dagster as dg
+
+    from llmrec_assets.orchestration.resources import GpuResource
+    from llmrec_assets.orchestration.upkeep import examine_everything, findings_table
+
+    with dg.DagsterInstance.get() as instance:
+        findings = examine_everything(_store(), instance, GpuResource(), options.repair)
+    print(findings_table(findings).to_string(index=False, justify="left"))
+    return int(any(finding.state == "problem" for finding in findings))
 
 
 def _sample(options: argparse.Namespace) -> int:

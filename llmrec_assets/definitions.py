@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from llmrec_assets.orchestration import jobs
+from llmrec_assets.orchestration import alerts, automation, jobs, schedules, sensors, upkeep
 from llmrec_assets.orchestration.assets import (
     champion,
     evaluation,
@@ -27,9 +27,15 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
     overrides = dict(resource_overrides or {})
     storage = overrides.pop("storage", StoreResource())
     return dg.Definitions(
-        assets=dg.load_assets_from_modules(
-            [source, prompts, models, preferences, recommendations, evaluation, probes, champion]
-        ),
+        assets=[
+            *dg.load_assets_from_modules([source], automation_condition=automation.on_changed_data),
+            *dg.load_assets_from_modules(
+                [prompts, models, preferences, recommendations, evaluation, probes],
+                automation_condition=automation.on_changed_data_at_rest,
+            ),
+            # Who serves is decided when somebody asks, not because data changed.
+            *dg.load_assets_from_modules([champion]),
+        ],
         jobs=[
             jobs.source_data,
             jobs.prepare_base_model,
@@ -37,6 +43,15 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
             jobs.supervised,
             jobs.evaluation,
             jobs.promotion,
+            upkeep.health,
+            upkeep.retention,
+        ],
+        schedules=[schedules.weekly_retraining, schedules.weekly_retention],
+        sensors=[
+            sensors.new_ratings,
+            automation.retrain_on_changed_data,
+            alerts.alert_webhook,
+            *alerts.email_sensor(),
         ],
         resources={
             "storage": storage,

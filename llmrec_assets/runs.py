@@ -7,20 +7,19 @@ UI. What does not: what the jobs are (``orchestration.jobs``).
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import sys
 from typing import Any
 
 import dagster as dg
-import psutil
 
 from llmrec_assets.definitions import build_defs
 from llmrec_assets.ground.errors import LlmrecError, RecipeError
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.ground.recommendations import STAGE_ORDER
 from llmrec_assets.ground.stages import answered_stages
+from llmrec_assets.orchestration.dead_runs import bury_dead_runs, tags_of_this_process
 from llmrec_assets.orchestration.partitions import DATASETS
+from llmrec_assets.orchestration.schedules import training_job
 
 #: Assets that take ``RunConfig``. Only these are configured: the source and the base model know
 #: no seed, and forcing a run means training again, not converting again.
@@ -43,9 +42,6 @@ CONFIGURABLE = {
     "sft_responses",
     "user_splits",
 }
-_PID_TAG = "llmrec/pid"
-_STARTED_TAG = "llmrec/started"
-_HOST_TAG = "llmrec/host"
 
 
 def run_partition(
@@ -68,7 +64,7 @@ def run_partition(
     """
     if dataset not in DATASETS:
         raise RecipeError(f"no data set named {dataset!r}: known are {', '.join(DATASETS)}")
-    aligned = dataset in load_recipe(recipe).aligned_datasets
+    job = training_job(dataset, recipe)
     defs = defs or build_defs()
     instance = instance or dg.DagsterInstance.get()
     bury_dead_runs(instance)
@@ -76,7 +72,7 @@ def run_partition(
     for job_name, partition in (
         ("source_data", dataset),
         ("prepare_base_model", recipe),
-        ("recommender" if aligned else "supervised", f"{dataset}|{recipe}"),
+        (job, f"{dataset}|{recipe}"),
     ):
         run_ids.append(_run(defs, job_name, partition, instance, force=force, seed=seed))
     return run_ids
@@ -163,12 +159,6 @@ def _run(
 ) -> str:
     """One job in this process, ``selection`` of it or all; returns the run id. ``config``: of steps
     by name, in place of ``force`` and ``seed``."""
-    me = psutil.Process()
-    tags = {
-        _PID_TAG: str(me.pid),
-        _STARTED_TAG: str(me.create_time()),
-        _HOST_TAG: socket.gethostname(),
-    }
     job = defs.resolve_job_def(job_name).with_logger_defs({"console": terminal})
     run_config = _config(job, force=force, seed=seed, selection=selection)
     if config is not None:
@@ -178,7 +168,7 @@ def _run(
             instance=instance,
             partition_key=partition,
             run_config=run_config,
-            tags=tags,
+            tags=tags_of_this_process(),
             asset_selection=selection,
         )
     except dg.Failure as failure:
@@ -225,38 +215,3 @@ def terminal(context: dg.InitLoggerContext) -> logging.Logger:
     logger = logging.Logger("llmrec", level=logging.INFO)
     logger.addHandler(handler)
     return logger
-
-
-def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Fails runs whose process is gone and frees the pool slots they hold; returns their ids.
-
-    Only runs of this command on this host are judged. A killed one would otherwise hold the GPU's
-    slot for ever. Runs that the UI launched are looked after by the code server that ran them.
-    """
-    buried = []
-    unfinished = dg.RunsFilter(
-        statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING],
-    )
-    for run in instance.get_runs(filters=unfinished):
-        pid, started = run.tags.get(_PID_TAG), run.tags.get(_STARTED_TAG)
-        if pid is None or started is None or run.tags.get(_HOST_TAG) != socket.gethostname():
-            continue
-        if _alive(int(pid), float(started)):
-            continue
-        instance.report_run_failed(run, "the process that ran it is gone (killed?)")
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-        buried.append(run.run_id)
-    return buried
-
-
-def _alive(pid: int, started: float) -> bool:
-    """Whether that very process lives: a pid alone may have been given to another since."""
-    if pid == os.getpid():
-        return True
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:  # killed, and its parent has not looked yet
-            return False
-        return abs(process.create_time() - started) < 1.0
-    except psutil.Error:
-        return False

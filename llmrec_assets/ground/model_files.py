@@ -1,4 +1,4 @@
-"""Files a base model is read from: finding them and fingerprinting them, without torch.
+"""Files a base model is read from: finding, fingerprinting and measuring them, without torch.
 
 What belongs here: paths of local model sources. What does not: loading them (``models.base``).
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmrec_assets.ground.errors import ModelError
@@ -69,3 +71,23 @@ def fingerprint(recipe: BaseModelRecipe) -> str:
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(directory)}:{sha256_file(path)};".encode())
     return digest.hexdigest()
+
+
+def lora_parameters(directory: Path, rank: int) -> int:
+    """Parameters of a LoRA adapter of ``rank`` on every linear layer of a published base model:
+    ``rank`` rows as wide as the layer's input and as many columns as its output."""
+    return sum(
+        rank * sum(shape)
+        for path in directory.glob("*.safetensors")
+        for name, shape in _tensor_shapes(path)
+        if len(shape) == 2 and "embed" not in name and "lm_head" not in name
+    )
+
+
+def _tensor_shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
+    """Names and shapes from a safetensors header: its length in 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, entry["shape"]

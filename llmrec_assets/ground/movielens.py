@@ -97,16 +97,52 @@ def read_ratings(
     """
     form = _format(dataset)
     file = form.ratings
-    user, movie, rating, timestamp = number_columns(
-        directory / file, "ratings", form.ratings_separator, _RATING_FIELDS
-    )
+    columns = number_columns(directory / file, "ratings", form.ratings_separator, _RATING_FIELDS)
+    require_known_ratings(columns, dataset, users, movies, file)
+    user, movie, _, timestamp = columns
+    pair = pd.Series((user << 32) | movie)
+    again = pair.duplicated()
+    if again.any():
+        second = int(again.to_numpy().argmax())
+        first = int((pair == pair[second]).to_numpy().argmax())
+        raise bad_row(
+            "ratings",
+            file,
+            second + 1,
+            f"repeats user {user[second]} and movie {movie[second]} of row {first + 1:,}",
+            "Keep one of the two rows: a user rates a movie once.",
+        )
+    order = np.lexsort((movie, timestamp, user))
+    return rating_frame([column[order] for column in columns])
+
+
+def require_known_ratings(
+    columns: Sequence[np.ndarray],
+    dataset: str,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
+    file: str,
+    first_row: int = 1,
+) -> None:
+    """Refuses ratings that are no stars, no times, or of users or films that do not exist.
+
+    Args:
+        columns: user, movie, rating, timestamp; element i is row ``first_row`` + i of ``file``.
+        users, movies: say which ids exist.
+
+    Raises:
+        DataError: names the first such row and their number.
+    """
+    user, movie, rating, timestamp = columns
+    form = _format(dataset)
 
     def refuse(bad: np.ndarray, column: np.ndarray, what: str, remedy: str = RESTORE) -> None:
         if bad.any():
             row = int(bad.argmax())
             count = int(bad.sum())
             others = f" ({count:,} such rows)" if count > 1 else ""
-            raise bad_row("ratings", file, row + 1, what.format(column[row]) + others, remedy)
+            shown = what.format(column[row]) + others
+            raise bad_row("ratings", file, row + first_row, shown, remedy)
 
     refuse((rating < 1) | (rating > 5), rating, "has rating {}, expected 1 to 5")
     low, high = _TIMESTAMPS
@@ -127,25 +163,17 @@ def read_ratings(
             f"Add the {name} to {source}, remove the row, or use files of one and the same "
             "data set.",
         )
-    pair = pd.Series((user << 32) | movie)
-    again = pair.duplicated()
-    if again.any():
-        second = int(again.to_numpy().argmax())
-        first = int((pair == pair[second]).to_numpy().argmax())
-        raise bad_row(
-            "ratings",
-            file,
-            second + 1,
-            f"repeats user {user[second]} and movie {movie[second]} of row {first + 1:,}",
-            "Keep one of the two rows: a user rates a movie once.",
-        )
-    order = np.lexsort((movie, timestamp, user))
+
+
+def rating_frame(columns: Sequence[np.ndarray]) -> pd.DataFrame:
+    """Checked user, movie, rating and timestamp as ``schemas.RATINGS`` has them."""
+    user, movie, rating, timestamp = columns
     return pd.DataFrame(
         {
-            "user_id": user[order].astype(np.int32),
-            "movie_id": movie[order].astype(np.int32),
-            "rating": rating[order].astype(np.int8),
-            "timestamp": timestamp[order],
+            "user_id": user.astype(np.int32),
+            "movie_id": movie.astype(np.int32),
+            "rating": rating.astype(np.int8),
+            "timestamp": timestamp.astype(np.int64),
         }
     )
 

@@ -437,6 +437,7 @@ PROMOTIONS = _schema(
 #: Schema by asset name. ``*_responses`` and ``*_recommendations`` share one schema each.
 SCHEMAS: dict[str, pa.Schema] = {
     "ratings": RATINGS,
+    "incoming_ratings": RATINGS,
     "movies": MOVIES,
     "users": USERS,
     "catalogue": CATALOGUE,

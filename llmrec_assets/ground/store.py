@@ -4,9 +4,9 @@
     checkpoints/<asset>/<partition>/<version>/      files + manifest.json
     …/current.json                                  the version in force
 
-What belongs here: publishing by rename, the ``current`` pointer, manifests and their verification,
-retention. What does not: what a version means (``tables.content_version``,
-``checkpoint_version``), SQL views (``warehouse``), Dagster (``orchestration.io_manager``).
+What belongs here: publishing by rename, the ``current`` pointer, manifests and their verification.
+What does not: what a version means (``tables.content_version``, ``checkpoint_version``), which
+versions may go (``retention``), SQL views (``warehouse``), Dagster (``orchestration.io_manager``).
 
 A crash at any moment leaves either the old or the new: data is written under a temporary name,
 renamed, and only then does ``current.json`` change, by rename too. On object storage (any
@@ -39,7 +39,7 @@ from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.tables import conform, content_version, require, to_frame
 
 MANIFEST = "manifest.json"
-_CURRENT = "current.json"
+CURRENT = "current.json"
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,13 @@ class Store:
     """Everything published under one root (``LLMREC_HOME``)."""
 
     root: UPath
-    keep_versions: int = 5
 
     @classmethod
-    def at(cls, location: str | Path | UPath, keep_versions: int = 5) -> Store:
+    def at(cls, location: str | Path | UPath) -> Store:
         path = UPath(location)
         if _is_local(path):
             path = UPath(Path(path.path).expanduser().resolve())
-        return cls(path, keep_versions)
+        return cls(path)
 
     @property
     def is_local(self) -> bool:
@@ -102,7 +101,7 @@ class Store:
             # Also when that version is there already: it may be damaged, and it is the newest now.
             _write_atomically(directory / f"{version}.parquet", buffer.getvalue())
             self._point(directory, version)
-            self._retire(directory)
+            self._tidy(directory)
         return version
 
     def read_table(self, asset: str, partition: str, version: str | None = None) -> StoredTable:
@@ -198,7 +197,7 @@ class Store:
             os.replace(files, target)
             _sync(directory)
             self._point(UPath(directory), attempt)
-            self._retire(UPath(directory))
+            self._tidy(UPath(directory))
         return target
 
     def checkpoint(self, asset: str, partition: str, version: str | None = None) -> Path:
@@ -239,22 +238,22 @@ class Store:
     # -- both -----------------------------------------------------------------------------
 
     def current(self, asset: str, partition: str, kind: str) -> str | None:
-        """The version in force, or None when the asset was never materialized there."""
-        path = self._directory(kind, asset, partition) / _CURRENT
-        if not path.exists():
-            return None
-        version = json.loads(path.read_text())["version"]
-        return str(version)
+        """The version in force, or None when the asset was never materialized there.
+
+        Raises:
+            StoreError: the pointer is damaged.
+        """
+        path = self._directory(kind, asset, partition) / CURRENT
+        return _pointed(path) if path.exists() else None
 
     def current_tables(self) -> Iterator[tuple[str, str, UPath]]:
         """(asset, partition, file) of every current table, sorted."""
         tables = self.root / "tables"
         if not tables.exists():
             return
-        for pointer in sorted(tables.glob(f"**/{_CURRENT}"), key=str):
+        for pointer in sorted(tables.glob(f"**/{CURRENT}"), key=str):
             asset, *keys = pointer.parent.relative_to(tables).parts
-            version = json.loads(pointer.read_text())["version"]
-            file = pointer.parent / f"{version}.parquet"
+            file = pointer.parent / f"{_pointed(pointer)}.parquet"
             if file.exists():
                 yield asset, "|".join(keys), file
 
@@ -267,26 +266,15 @@ class Store:
         return Path(str(self._directory(kind, asset, partition)))
 
     def _point(self, directory: UPath, version: str) -> None:
-        _write_atomically(directory / _CURRENT, _json_bytes({"version": version}))
+        _write_atomically(directory / CURRENT, _json_bytes({"version": version}))
 
-    def _retire(self, directory: UPath) -> None:
-        """Removes all but the newest ``keep_versions``, never the current one, and what killed
-        publications left. Only under the lock."""
+    def _tidy(self, directory: UPath) -> None:
+        """Removes what killed publications and removals left. Only under the lock."""
         if not _is_local(directory):
             return  # object stores have life-cycle rules for this
-        current = json.loads((directory / _CURRENT).read_text())["version"]
-        for path in directory.glob(".*"):
-            if path.is_file():
-                path.unlink(missing_ok=True)
-        versions = [
-            path for path in directory.iterdir() if path.name[0] != "." and path.name != _CURRENT
-        ]
-        versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in versions[self.keep_versions :]:
-            if path.name.removesuffix(".parquet") == current:
-                continue
+        for path in Path(str(directory)).glob(".*"):
             if path.is_dir():
-                shutil.rmtree(str(path), ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
@@ -295,7 +283,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a published checkpoint.
 
     Raises:
-        StoreError: there is none, or it is no JSON object with ``files``.
+        StoreError: there is none, or it is no JSON object with hashed ``files``.
     """
     path = directory / MANIFEST
     try:
@@ -309,7 +297,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise StoreError(
             f"{directory.name}: {MANIFEST} is damaged; materialize it again"
         ) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(fact, dict) and {"bytes", "sha256"} <= fact.keys() for fact in files.values()
+    ):
         raise StoreError(f"{directory.name}: {MANIFEST} is damaged; materialize it again")
     return manifest
 
@@ -357,6 +348,22 @@ def _attempts(directory: Path, version: str) -> list[Path]:
 
 def _attempt_number(path: Path) -> int:
     return int(path.name.rpartition("-")[2]) if "-" in path.name else 1
+
+
+def builder_lock(store: Store, asset: str, partition: str) -> Path:
+    """The lock file of whoever builds a version of this partition."""
+    return Path(str(store.root)) / "work" / f".{asset}-{partition.replace('|', '-')}.lock"
+
+
+def _pointed(pointer: UPath) -> str:
+    """The version a pointer names."""
+    try:
+        return str(json.loads(pointer.read_text())["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{pointer} is damaged, so nothing says which version is in force: remove it and "
+            "materialize the asset again"
+        ) from error
 
 
 def _is_local(path: UPath) -> bool:

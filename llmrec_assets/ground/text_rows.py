@@ -26,12 +26,14 @@ def bad_row(table: str, file: str, row: int, what: str, remedy: str = RESTORE) -
     return DataError(f"{table}: row {row:,} of {file} {what}. {remedy}")
 
 
-def whole_number(table: str, file: str, row: int, field: str, text: str) -> int:
+def whole_number(
+    table: str, file: str, row: int, field: str, text: str, remedy: str = RESTORE
+) -> int:
     """The field's value; raises DataError naming row and field when it is anything else."""
     text = text.strip()
     if not _WHOLE_NUMBER.fullmatch(text):
         shown = text if len(text) <= 40 else text[:40] + "…"
-        raise bad_row(table, file, row, f"has {field} {shown!r}, expected a whole number")
+        raise bad_row(table, file, row, f"has {field} {shown!r}, expected a whole number", remedy)
     return int(text)
 
 
@@ -48,10 +50,17 @@ def rows(
 
 
 def _wrong_width(
-    table: str, file: str, row: int, line: str, found: int, expected: int, fields: str
+    table: str,
+    file: str,
+    row: int,
+    line: str,
+    found: int,
+    expected: int,
+    fields: str,
+    remedy: str = RESTORE,
 ) -> DataError:
     has = "is blank" if not line.strip() else f"has {found} field{'s' * (found != 1)}"
-    return bad_row(table, file, row, f"{has}, expected {expected} ({fields})")
+    return bad_row(table, file, row, f"{has}, expected {expected} ({fields})", remedy)
 
 
 def read_text(path: Path, table: str) -> bytes:
@@ -108,12 +117,31 @@ def number_columns(
 ) -> list[np.ndarray]:
     """Reads a file of whole numbers as one int64 array per field; element i is row i + 1.
 
+    Raises:
+        DataError: names the first row that is anything else.
+    """
+    return numbers_in(read_text(path, table), path.name, table, separator, fields)
+
+
+def numbers_in(
+    data: bytes,
+    file: str,
+    table: str,
+    separator: str,
+    fields: Sequence[str],
+    *,
+    first_row: int = 1,
+    remedy: str = RESTORE,
+) -> list[np.ndarray]:
+    """``number_columns`` of text (``read_text``) whose first line is row ``first_row`` of ``file``.
+
     A million rows take well under a second where all is well; what is not plain digits is read
     again row by row, which can say which row is wrong and why.
     """
-    data = read_text(path, table)
     columns = _quickly(data, separator, fields)
-    return _carefully(data, separator, fields, table, path.name) if columns is None else columns
+    if columns is None:
+        return _carefully(data, separator, fields, table, file, first_row, remedy)
+    return columns
 
 
 def _quickly(data: bytes, separator: str, fields: Sequence[str]) -> list[np.ndarray] | None:
@@ -142,14 +170,20 @@ def _quickly(data: bytes, separator: str, fields: Sequence[str]) -> list[np.ndar
 
 
 def _carefully(
-    data: bytes, separator: str, fields: Sequence[str], table: str, file: str
+    data: bytes,
+    separator: str,
+    fields: Sequence[str],
+    table: str,
+    file: str,
+    first_row: int,
+    remedy: str,
 ) -> list[np.ndarray]:
     columns: list[list[int]] = [[] for _ in fields]
     shown = ", ".join(fields)
-    for row, line in enumerate(data.decode("latin-1").split("\n"), start=1):
+    for row, line in enumerate(data.decode("latin-1").split("\n"), start=first_row):
         values = line.split(separator)
         if len(values) != len(fields):
-            raise _wrong_width(table, file, row, line, len(values), len(fields), shown)
+            raise _wrong_width(table, file, row, line, len(values), len(fields), shown, remedy)
         for name, column, text in zip(fields, columns, values, strict=True):
-            column.append(whole_number(table, file, row, name, text))
+            column.append(whole_number(table, file, row, name, text, remedy))
     return [np.array(column, dtype=np.int64) for column in columns]

@@ -50,6 +50,10 @@ class StoreResource(dg.ConfigurableResource[Store]):
         named = self.sample_dir or os.environ.get("LLMREC_SAMPLE_DIR")
         return Path(named) if named else _PROJECT / "data" / "sample"
 
+    def incoming_directory(self, dataset: str) -> Path:
+        """Where new rating files of a data set arrive (``ground.incoming``)."""
+        return Path(str(self.store().root)) / "incoming" / dataset
+
     def user_data_directory(self) -> Path | None:
         """``LLMREC_DATA_DIR``, the directory or zip the user names."""
         named = self.data_dir or os.environ.get("LLMREC_DATA_DIR")
@@ -75,7 +79,7 @@ class GpuResource(dg.ConfigurableResource[Any]):
 
         _end_with_run_worker()
         device = pick_device()
-        directory = self._lock_directory()
+        directory = self.lock_directory()
         lock = FileLock(directory / f"{device.key}.lock")
         holder = directory / f"{device.key}.json"
         self._acquire(lock, holder, log, device.name)
@@ -102,7 +106,12 @@ class GpuResource(dg.ConfigurableResource[Any]):
                         f"waiting {waited:.0f} s for {device_name}, held by {_read_holder(holder)}"
                     )
 
-    def _lock_directory(self) -> Path:
+    def lock_directory(self) -> Path:
+        """Where the device's lock lies: outside ``LLMREC_HOME``, for two projects share one card.
+
+        Raises:
+            StoreError: it is open to others.
+        """
         named = self.lock_dir or os.environ.get("LLMREC_LOCK_DIR")
         if named:
             directory = Path(named)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from llmrec_assets.ground.plots import line_plot
 from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.schemas import SCHEMAS
-from llmrec_assets.ground.store import Store, checkpoint_version, read_manifest
+from llmrec_assets.ground.store import Store, builder_lock, checkpoint_version, read_manifest
 from llmrec_assets.ground.tables import conform, content_version
 from llmrec_assets.orchestration.config import ForceConfig
 
@@ -174,9 +174,9 @@ def one_builder(
 ) -> Iterator[None]:
     """One process at a time builds an asset's partition: two would share a work directory. The
     second then finds the version published. A dead builder's lock is free."""
-    directory = Path(str(store.root)) / "work"
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / f".{asset}-{partition.replace('|', '-')}.lock")
+    path = builder_lock(store, asset, partition)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:

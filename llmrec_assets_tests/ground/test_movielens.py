@@ -13,27 +13,24 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pytest
+from bad_input import (
+    DATA,
+    ITEM,
+    ML_1M,
+    ML_100K,
+    MOVIES_DAT,
+    NO_GENRES,
+    RATINGS_DAT,
+    USER,
+    USERS_DAT,
+    BadFile,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec_assets.ground import schemas
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.movielens import FORMATS, read_movies, read_ratings, read_users
-
-NO_GENRES = "|0" * 19
-DRAMA = "|0" * 8 + "|1" + "|0" * 10
-ITEM = (
-    f"1|Tin Lighthouse, The (1991)|04-Mar-1991||http://x.invalid/1{DRAMA}\n"
-    f"2|unknown|||{NO_GENRES}\n"
-    f"3|Caf\xe9 at Noon: Part 3 (1989) (1990) (V)  |4-Feb-1990||{'|1' * 2 + '|0' * 17}\n"
-    f"7|Tin Lighthouse, The (1991) |05-Mar-1991||{DRAMA}\n"
-).encode("latin-1")
-USER = b"1|24|M|technician|02139\n2|53|F|other|V5K0A\n5|33|F|writer|94043-1234\n"
-DATA = b"2\t3\t5\t880000002\n1\t7\t1\t880000001\n1\t3\t4\t880000001\n1\t1\t3\t870000000\n"
-
-MOVIES_DAT = b"1::Kites: A Story (1951)::Animation|Children's\n12::L'\xe9t\xe9 vert (1972)::\n"
-USERS_DAT = b"1::F::1::10::02139\n2::M::56::16::070072\n"
-RATINGS_DAT = b"1::12::5::978300760\n2::1::4::978300761\n1::1::3::978300759\n"
 
 
 @pytest.fixture
@@ -143,84 +140,19 @@ def test_genre_names_come_from_u_genre(ml_100k: Path) -> None:
     assert "row 1 of u.genre has position '1', expected 0" in complaint(ml_100k)
 
 
-BAD_ROWS = [
-    # file, content, what the message holds
-    ("u.data", DATA + b"1\t2\t3\n", "row 5 of u.data has 3 fields, expected 4 (user, item, rating"),
-    ("u.data", DATA + b"1\t2\t3\t4\t5\n", "row 5 of u.data has 5 fields, expected 4"),
-    ("u.data", DATA.replace(b"\t", b"::"), "row 1 of u.data has 1 field, expected 4"),
-    ("u.data", DATA.replace(b"\n", b"\n\n", 1), "row 2 of u.data is blank, expected 4"),
-    ("u.data", DATA.replace(b"\t4\t", b"\tfour\t"), "row 3 of u.data has rating 'four', expected"),
-    ("u.data", DATA.replace(b"\t4\t", b"\t4.5\t"), "row 3 of u.data has rating '4.5', expected"),
-    ("u.data", DATA.replace(b"\t4\t", b"\t\t"), "row 3 of u.data has rating '', expected"),
-    ("u.data", DATA.replace(b"\t4\t", b"\t0\t"), "row 3 of u.data has rating 0, expected 1 to 5"),
-    ("u.data", DATA.replace(b"\t4\t", b"\t999\t"), "row 3 of u.data has rating 999, expected 1"),
-    ("u.data", DATA.replace(b"\t4\t", b"\t" + b"9" * 50 + b"\t"), "row 3 of u.data has rating '99"),
-    ("u.data", DATA.replace(b"\t4\t", b"\t\xb2\t"), "row 3 of u.data has rating '²', expected"),
-    ("u.data", DATA.replace(b"\t87", b"\t-87"), "row 4 of u.data has timestamp -870000000"),
-    ("u.data", DATA.replace(b"002\n", b"002000\n"), "row 1 of u.data has timestamp 880000002000"),
-    ("u.data", DATA.replace(b"880000001", b"0"), "row 2 of u.data has timestamp 0, expected Unix"),
-    ("u.data", DATA.replace(b"880000001", b"0"), "(2 such rows)"),
-    ("u.data", DATA.replace(b"2\t3", b"9\t3"), "row 1 of u.data names user 9, which u.user does"),
-    ("u.data", DATA.replace(b"2\t3", b"2\t9"), "row 1 of u.data names movie 9, which u.item does"),
-    ("u.data", DATA + b"1\t7\t5\t9\n", "row 5 of u.data repeats user 1 and movie 7 of row 2."),
-    ("u.data", b"", "u.data is empty (no row 1)"),
-    ("u.data", b" \n\n", "u.data is empty (no row 1)"),
-    ("u.data", b"\xef\xbb\xbf" + DATA, "row 1 of u.data shows that the file is UTF-8 with a byte"),
-    ("u.data", DATA.decode().encode("utf-16"), "row 1 of u.data shows that the file is UTF-16"),
-    ("u.data", DATA.decode().encode("utf-16-le"), "row 1 of u.data shows that the file is UTF-16"),
-    ("u.data", DATA[:-3] + b"\0" * 3, "row 4 of u.data shows that the file is UTF-16 or binary"),
-    ("u.item", ITEM.decode("latin-1").encode(), "row 3 of u.item shows that the file is UTF-8,"),
-    ("u.item", ITEM.decode("latin-1").encode(), "iconv -f utf-8 -t latin1 u.item"),
-    ("u.item", ITEM + ITEM[:80], "row 5 of u.item has"),
-    ("u.item", ITEM.replace(b"7|", b"1|", 1), "row 4 of u.item repeats id 1 of row 1."),
-    ("u.item", ITEM.replace(b"7|", b"0|", 1), "row 4 of u.item has id 0, expected 1 to"),
-    ("u.item", ITEM.replace(b"7|", b"x|", 1), "row 4 of u.item has id 'x', expected a whole"),
-    ("u.item", ITEM.replace(b"|unknown|", b"| |"), "row 2 of u.item has no title"),
-    ("u.item", ITEM.replace(b"|1|0", b"|7|0", 1), "row 1 of u.item has genre flag '7', expected"),
-    ("u.item", ITEM.replace(b"04-Mar", b"31-Feb"), "row 1 of u.item has release date '31-Feb-1991"),
-    ("u.item", ITEM.replace(b"04-Mar", b"04-M\xe4r"), "row 1 of u.item has release date '04-Mär-"),
-    ("u.user", USER.replace(b"5|33", b"1|33"), "row 3 of u.user repeats id 1 of row 1."),
-    ("u.user", USER.replace(b"|33|", b"|333|"), "row 3 of u.user has age 333, expected 1 to 120"),
-    ("u.user", USER.replace(b"|33|", b"||"), "row 3 of u.user has age '', expected a whole"),
-    ("u.user", USER.replace(b"|F|w", b"|X|w"), "row 3 of u.user has gender 'X', expected M or F"),
-    ("u.user", USER.replace(b"writer", b""), "row 3 of u.user has no occupation"),
-    ("u.user", USER.replace(b"|other", b""), "row 2 of u.user has 4 fields, expected 5 (user, age"),
-]
-
-
-@pytest.mark.parametrize(("file", "content", "expected"), BAD_ROWS)
-def test_bad_rows_of_ml_100k(ml_100k: Path, file: str, content: bytes, expected: str) -> None:
-    (ml_100k / file).write_bytes(content)
+@pytest.mark.parametrize("case", ML_100K, ids=lambda case: f"{case.file}: {case.what}")
+def test_bad_rows_of_ml_100k(ml_100k: Path, case: BadFile) -> None:
+    (ml_100k / case.file).write_bytes(case.content)
     message = complaint(ml_100k)
-    assert expected in message
+    assert case.said in message
     assert_has_a_remedy(message)
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "expected"),
-    [
-        (
-            "ratings.dat",
-            RATINGS_DAT + b"1::2::3\n",
-            "row 4 of ratings.dat has 3 fields, expected 4",
-        ),
-        ("ratings.dat", b"1:::12::5::9\n", "row 1 of ratings.dat has item ':12', expected a whole"),
-        ("ratings.dat", b"1\t1\t5\t9\n", "row 1 of ratings.dat has 1 field, expected 4"),
-        (
-            "ratings.dat",
-            RATINGS_DAT.replace(b"::4::", b"::6::"),
-            "row 2 of ratings.dat has rating 6",
-        ),
-        ("movies.dat", b"1::A (1990)\n", "row 1 of movies.dat has 2 fields, expected 3 (id, title"),
-        ("movies.dat", MOVIES_DAT.decode("latin-1").encode(), "row 2 of movies.dat shows that the"),
-        ("users.dat", USERS_DAT.replace(b"::1::", b"::2::"), "row 1 of users.dat has age code 2,"),
-        ("users.dat", USERS_DAT.replace(b"::16::", b"::21::"), "row 2 of users.dat has occupation"),
-    ],
-)
-def test_bad_rows_of_ml_1m(ml_1m: Path, file: str, content: bytes, expected: str) -> None:
-    (ml_1m / file).write_bytes(content)
+@pytest.mark.parametrize("case", ML_1M, ids=lambda case: f"{case.file}: {case.what}")
+def test_bad_rows_of_ml_1m(ml_1m: Path, case: BadFile) -> None:
+    (ml_1m / case.file).write_bytes(case.content)
     message = complaint(ml_1m, "ml-1m")
-    assert expected in message
+    assert case.said in message
     assert_has_a_remedy(message)
 
 

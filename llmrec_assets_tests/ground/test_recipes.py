@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from bad_input import RECIPE, RECIPE_TEXT
 from pydantic import ValidationError
 
 from llmrec_assets.ground.errors import RecipeError
@@ -153,67 +155,10 @@ def test_fewer_candidates_than_a_list_has_slots_are_refused(tmp_path):
 # -- mistakes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("learning_rate", 0.1),
-        ("sft.learning_rat", 0.1),
-        ("windows.windows_per_user.tests", 1),
-        ("sft.lora.rank", 4),
-    ],
-)
-def test_an_unknown_key_is_named(tmp_path, path, value):
-    write(tmp_path, yaml.safe_dump(with_value(path, value)))
-    with pytest.raises(RecipeError, match=rf"mine\.yaml (.|\n)*  {path}: Extra inputs"):
-        load_recipe("mine", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("expected_peak_memory_gb", 0),
-        ("expected_peak_memory_gb", float("inf")),
-        ("windows.window_size", 0),
-        ("windows.window_size", 2.5),
-        ("windows.balance", "neither"),
-        ("windows.liked_min", 1),
-        ("windows.liked_min", 6),
-        ("windows.min_per_class", -1),
-        ("windows.windows_per_user.train", 0),
-        ("windows.protocol", "time"),
-        ("windows.temporal_quantile", 1.0),
-        ("windows.temporal_quantile", 0),
-        ("prompts.template", "figure3"),
-        ("prompts.max_per_class", 0),
-        ("base_model.source", "torrent"),
-        ("base_model.dtype", "float16"),
-        ("sft.lora.dropout", 1.5),
-        ("sft.lora.r", 0),
-        ("sft.learning_rate", 0),
-        ("sft.learning_rate", -1e-4),
-        ("sft.learning_rate", float("nan")),
-        ("sft.learning_rate", float("inf")),
-        ("sft.learning_rate", "fast"),
-        ("sft.epochs", 0),
-        ("sft.batch_size", None),
-        ("sft.max_examples", 0),
-        ("generation.temperature", 0),
-        ("generation.decodings", []),
-        ("generation.decodings", ["greedy"]),
-        ("generation.beams", 0),
-        ("generation.candidates", "als"),
-        ("generation.candidates_per_prompt", 0),
-        ("generation.top_p", 1.01),
-        ("generation.top_p", 0),
-        ("grounding.threshold", 100.5),
-        ("grounding.method", "guess"),
-        ("evaluation.confidence", 1),
-        ("evaluation.resamples", 0),
-    ],
-)
-def test_a_value_out_of_range_names_file_and_key(tmp_path, path, value):
-    write(tmp_path, yaml.safe_dump(with_value(path, value)))
-    with pytest.raises(RecipeError, match=rf"mine\.yaml (.|\n)*  {path}: "):
+@pytest.mark.parametrize("case", RECIPE, ids=lambda case: case.what)
+def test_a_wrong_value_or_an_unknown_key_names_file_and_key(tmp_path, case):
+    write(tmp_path, yaml.safe_dump(with_value(case.path, case.value)))
+    with pytest.raises(RecipeError, match=rf"mine\.yaml (.|\n)*  {re.escape(case.said)}"):
         load_recipe("mine", tmp_path)
 
 
@@ -260,31 +205,17 @@ def test_splits_that_sum_to_one_but_for_rounding_are_fine(tmp_path):
     assert load_recipe("mine", tmp_path).splits.test == 0.7
 
 
-@pytest.mark.parametrize(
-    "text", ["a: [1, 2", "a: b: c", "\t- x", "key: *nowhere", "!!python/name:os.system x"]
-)
-def test_bad_yaml_names_the_file(tmp_path, text):
-    write(tmp_path, text)
-    with pytest.raises(RecipeError, match=r"mine\.yaml is not valid YAML"):
+@pytest.mark.parametrize("case", RECIPE_TEXT, ids=lambda case: case.what)
+def test_a_file_that_is_no_recipe_names_itself(tmp_path, case):
+    write(tmp_path, case.text)
+    with pytest.raises(RecipeError, match=r"mine\.yaml") as error:
         load_recipe("mine", tmp_path)
+    assert case.said in str(error.value)
 
 
 def test_another_encoding_is_a_recipe_error(tmp_path):
     (tmp_path / "mine.yaml").write_bytes("description: Für".encode("latin-1"))
     with pytest.raises(RecipeError, match=r"mine\.yaml"):
-        load_recipe("mine", tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "just words", "3"])
-def test_no_mapping_at_the_top(tmp_path, text):
-    write(tmp_path, text)
-    with pytest.raises(RecipeError, match=r"mine\.yaml: expected a mapping"):
-        load_recipe("mine", tmp_path)
-
-
-def test_a_section_that_is_no_mapping(tmp_path):
-    write(tmp_path, yaml.safe_dump(with_value("windows", [10])))
-    with pytest.raises(RecipeError, match=r"mine\.yaml (.|\n)*  windows: "):
         load_recipe("mine", tmp_path)
 
 

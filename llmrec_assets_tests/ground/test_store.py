@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -40,7 +39,7 @@ MODEL = "sft_checkpoint"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store.at(tmp_path / "home", keep_versions=3)
+    return Store.at(tmp_path / "home")
 
 
 def splits(*user_ids: int) -> pd.DataFrame:
@@ -181,54 +180,19 @@ def test_going_back_to_older_content(store):
     assert users(store) == [1]
 
 
-# -- retention ----------------------------------------------------------------------------
+def test_older_versions_stay_readable(store):
+    """Only retention removes a version: a reader of an older result loses nothing unasked."""
+    versions = [publish(store, user) for user in range(8)]
+    assert [users(store, version) for version in versions] == [[user] for user in range(8)]
 
 
-def age(path: Path, seconds: float) -> None:
-    os.utime(path, (time.time() - seconds,) * 2)
-
-
-def test_older_versions_are_readable_until_retention_takes_them(store):
-    versions = []
-    for user in range(5):
-        versions.append(publish(store, user))
-        age(Path(str(store.table_path(ASSET, PARTITION, versions[-1]))), seconds=100 - user)
-    for user in (2, 3, 4):
-        assert users(store, versions[user]) == [user]
-    for user in (0, 1):
-        with pytest.raises(StoreError, match=f"version {versions[user]} is not kept any more"):
-            store.read_table(ASSET, PARTITION, versions[user])
-
-
-def test_a_version_in_force_again_is_new_again(store):
-    """Someone who has just read the pointer may still be about to open the file."""
-    versions = [publish(store, user) for user in range(3)]
-    for user, version in enumerate(versions):
-        age(Path(str(store.table_path(ASSET, PARTITION, version))), seconds=100 - user)
-    publish(store, 0)
-    publish(store, 3)
-    assert users(store, versions[0]) == [0]
-    with pytest.raises(StoreError, match="not kept"):
-        store.read_table(ASSET, PARTITION, versions[1])
-
-
-def test_retention_keeps_the_current_version_though_it_is_the_oldest(store):
-    """Clocks go wrong, and backups restore times."""
-    versions = [publish(store, user) for user in range(3)]
-    for user, version in enumerate(versions):
-        age(Path(str(store.table_path(ASSET, PARTITION, version))), seconds=-1000 - user)
-    store = dataclasses.replace(store, keep_versions=2)
-    newest = publish(store, 3)
-    left = {path.stem for path in directory_of(store, "tables", ASSET).glob("*.parquet")}
-    assert left == {versions[1], versions[2], newest}
-    assert users(store) == [3]
-
-
-def test_retention_counts_each_partition_by_itself(store):
-    publish(store, 0)
-    for user in range(1, 6):
-        store.publish_table(ASSET, "sample|paper", splits(user))
-    assert users(store) == [0]
+def test_a_damaged_pointer_is_named(store):
+    publish(store, 1)
+    pointer = directory_of(store, "tables", ASSET) / "current.json"
+    for text in ("", "{", "[]", "{}", "\x00"):
+        pointer.write_text(text)
+        with pytest.raises(StoreError, match=r"current\.json is damaged.* materialize the asset"):
+            users(store)
 
 
 # -- crashes ------------------------------------------------------------------------------
@@ -330,7 +294,7 @@ import pandas as pd
 import pyarrow.parquet
 from llmrec_assets.ground.store import Store
 
-store = Store.at(sys.argv[1], keep_versions=int(sys.argv[2]))
+store = Store.at(sys.argv[1])
 
 def publish(user):
     frame = pd.DataFrame({"user_id": [user] * 50, "split": ["train"] * 50})
@@ -351,7 +315,7 @@ def python(script: str, *arguments: object, **keywords) -> subprocess.Popen:
 def test_killed_at_any_moment_the_current_table_reads_fine(store):
     """One process forks publishers and kills them: importing pandas fifteen times takes longer."""
     script = """
-    random.seed(int(sys.argv[3]))
+    random.seed(int(sys.argv[2]))
     for round_ in range(15):
         reader, writer = os.pipe()
         child = os.fork()
@@ -366,7 +330,7 @@ def test_killed_at_any_moment_the_current_table_reads_fine(store):
         print("killed" if os.WTERMSIG(status) == signal.SIGKILL else status, flush=True)
         sys.stdin.readline()
     """
-    with python(script, store.root, 3, 1) as process:
+    with python(script, store.root, 3) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         for round_ in range(15):
@@ -400,7 +364,7 @@ def test_two_processes_publish_the_same_table_at_once(store):
         children.append(child)
     print([os.waitpid(child, 0)[1] for child in children])
     """
-    with python(script, store.root, 1) as process:
+    with python(script, store.root) as process:
         output, _ = process.communicate(timeout=60)
     assert output == "[0, 0]\n"
     stored = store.read_table(ASSET, PARTITION)
@@ -552,7 +516,6 @@ def test_forced_attempts_are_numbered_and_the_newest_is_current(store):
 
 
 def test_ten_attempts_sort_by_number(store):
-    store = dataclasses.replace(store, keep_versions=20)
     for n in range(1, 12):
         publish_model(store, "abc", f"attempt {n}")
     found = store.find_intact(MODEL, PARTITION, "abc")
@@ -561,7 +524,6 @@ def test_ten_attempts_sort_by_number(store):
 
 
 def test_find_intact_prefers_the_newest_and_skips_the_damaged(store):
-    store = dataclasses.replace(store, keep_versions=10)
     assert store.find_intact(MODEL, PARTITION, "abc") is None
     first = publish_model(store, "abc")
     second = publish_model(store, "abc")
@@ -574,17 +536,6 @@ def test_find_intact_prefers_the_newest_and_skips_the_damaged(store):
     assert store.find_intact(MODEL, PARTITION, "abc") is None
 
 
-def test_an_attempt_after_retention_is_still_the_newest(store):
-    """Numbers go on where they stopped, though earlier attempts were removed."""
-    store = dataclasses.replace(store, keep_versions=1)
-    for n in (1, 2):
-        publish_model(store, "abc", f"attempt {n}")
-    assert [p.name for p in directory_of(store, "checkpoints", MODEL).glob("abc*")] == ["abc-2"]
-    path = publish_model(dataclasses.replace(store, keep_versions=5), "abc", "attempt 3")
-    assert path.name == "abc-3"
-    assert store.find_intact(MODEL, PARTITION, "abc") == path
-
-
 def test_a_damaged_version_is_not_overwritten(store):
     first = publish_model(store, "abc")
     damage(first / "model.safetensors")
@@ -593,14 +544,14 @@ def test_a_damaged_version_is_not_overwritten(store):
     assert store.checkpoint(MODEL, PARTITION).name == "abc-2"
 
 
-def test_adopt_makes_an_old_checkpoint_current_and_keeps_it(store):
-    for n, name in enumerate(("abc", "def", "ghi")):
-        age(publish_model(store, name), seconds=100 - n)
+def test_adopt_makes_an_old_checkpoint_current_and_new_again(store):
+    for name in ("abc", "def"):
+        publish_model(store, name)
+    os.utime(directory_of(store, "checkpoints", MODEL) / "abc", (0, 0))
     store.adopt(MODEL, PARTITION, "abc")
     assert store.checkpoint(MODEL, PARTITION).name == "abc"
-    publish_model(store, "jkl")
-    left = {p.name for p in directory_of(store, "checkpoints", MODEL).iterdir() if p.is_dir()}
-    assert left == {"abc", "ghi", "jkl"}
+    # retention counts it as new
+    assert (store.checkpoint(MODEL, PARTITION)).stat().st_mtime > time.time() - 60
 
 
 def test_adopting_what_is_not_there_leaves_the_pointer(store):
@@ -608,16 +559,6 @@ def test_adopting_what_is_not_there_leaves_the_pointer(store):
     with pytest.raises(StoreError, match="no version nope"):
         store.adopt(MODEL, PARTITION, "nope")
     assert store.checkpoint(MODEL, PARTITION).name == "abc"
-
-
-def test_retention_of_checkpoints_keeps_the_current_and_the_newest(store):
-    store = dataclasses.replace(store, keep_versions=2)
-    for n, name in enumerate(("a", "b", "c")):
-        age(publish_model(store, name), seconds=-1000 - n)
-    publish_model(store, "d")
-    left = {p.name for p in directory_of(store, "checkpoints", MODEL).iterdir() if p.is_dir()}
-    assert left == {"b", "c", "d"}
-    assert store.checkpoint(MODEL, PARTITION).name == "d"
 
 
 def test_a_crash_while_publishing_a_checkpoint_leaves_the_old_or_the_new(store):

@@ -42,10 +42,11 @@ GRAPH = {
     "movielens_files": ("source", "dataset", set(), None, "directory_io", set()),
     "movies": ("source", "dataset", {"movielens_files"}, None, "table_io", set()),
     "users": ("source", "dataset", {"movielens_files"}, None, "table_io", set()),
+    "incoming_ratings": ("source", "dataset", {"users", "movies"}, None, "table_io", set()),
     "ratings": (
         "source",
         "dataset",
-        {"movielens_files", "users", "movies"},
+        {"movielens_files", "users", "movies", "incoming_ratings"},
         None,
         "table_io",
         set(),
@@ -311,8 +312,11 @@ GRAPH = {
     ),
 }
 GRAPH["promotions"] = (*GRAPH["promotions"][:4], "table_io", set())
-#: The checks that warn: a bad reward model is told, and stops nothing.
-WARNINGS = {"reward_model": {"ranks_validation_pairs"}}
+#: The checks that warn: a bad reward model or rating file is told, and stops nothing.
+WARNINGS = {
+    "reward_model": {"ranks_validation_pairs"},
+    "incoming_ratings": {"nothing_quarantined"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +419,8 @@ def test_titles_reach_models_and_lists_through_the_catalogue_alone(graph: dg.Ass
         if dg.AssetKey("movies") in node.parent_keys
     }
     assert readers == {
-        *("ratings", "interaction_windows", "catalogue", "prompts", "user_metrics"),
+        *("incoming_ratings", "ratings", "interaction_windows", "catalogue", "prompts"),
+        "user_metrics",
         *("beyond_accuracy", "group_metrics", "leave_last_out"),
         *("champion", "promotions"),
     }
@@ -437,6 +442,7 @@ def test_the_settings_give_the_gpu_pool_one_place() -> None:
 
     settings = yaml.safe_load((PROJECT / "dagster.yaml").read_text())
     assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
+    assert settings["concurrency"]["runs"] == {"max_concurrent_runs": 4}
     assert settings["run_monitoring"]["enabled"] is True
     assert settings["run_monitoring"]["free_slots_after_run_end_seconds"] <= 60
     assert {n for n, entry in GRAPH.items() if entry[3] == GPU_POOL} == {

@@ -182,7 +182,7 @@ def test_the_lock_is_the_devices_and_not_the_projects(
     places = set()
     for project in ("one", "two"):
         monkeypatch.setenv("LLMREC_HOME", str(tmp_path / project))
-        places.add(GpuResource()._lock_directory())
+        places.add(GpuResource().lock_directory())
         assert Path(home()) == tmp_path / project
     (place,) = places
     assert place.is_dir() and place.parent == tmp_path

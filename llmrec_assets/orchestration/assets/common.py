@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
+
+import dagster as dg
 
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.orchestration.results import table_columns
@@ -11,6 +14,16 @@ OWNERS = ["team:llmrec"]
 
 #: Raised when the code of a stage changes what it produces. Part of every checkpoint's version.
 CODE_VERSION = "3"
+
+
+#: Dagster looks at the newest materialization of any partition: these say that ratings have stopped
+#: arriving, and that nobody has looked at figures for long, not that a partition is out of date.
+RATINGS_FRESH = dg.FreshnessPolicy.time_window(
+    fail_window=dt.timedelta(days=15), warn_window=dt.timedelta(days=8)
+)
+FIGURES_FRESH = dg.FreshnessPolicy.time_window(
+    fail_window=dt.timedelta(days=31), warn_window=dt.timedelta(days=15)
+)
 
 
 def table_options(asset: str, group: str) -> dict[str, Any]:

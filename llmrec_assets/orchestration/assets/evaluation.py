@@ -36,6 +36,7 @@ from llmrec_assets.ground.stages import (
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import (
     CODE_VERSION,
+    FIGURES_FRESH,
     directory_options,
     table_options,
 )
@@ -197,7 +198,11 @@ def beyond_accuracy(
     return table_result("beyond_accuracy", frame, {"rows": len(frame)})
 
 
-@dg.asset(**table_options("metric_table", GROUP), partitions_def=run_partitions)
+@dg.asset(
+    **table_options("metric_table", GROUP),
+    partitions_def=run_partitions,
+    freshness_policy=FIGURES_FRESH,
+)
 def metric_table(
     context: dg.AssetExecutionContext,
     config: RunConfig,

@@ -11,6 +11,7 @@ from llmrec_assets.ground.model_files import fingerprint
 from llmrec_assets.ground.plots import curves_plot
 from llmrec_assets.ground.recipes import Recipe
 from llmrec_assets.ground.scoring import ResponseScorer
+from llmrec_assets.ground.space import require_space, training_space
 from llmrec_assets.ground.stages import (
     require_checkpoint,
     require_sampled_from,
@@ -102,6 +103,7 @@ def sft_checkpoint(
     }
 
     def build(work: Path) -> tuple[Path, dict[str, Any]]:
+        _require_space(context, work, base_model, recipe.sft.lora.r)
         from llmrec_assets.models.sft import train_sft_on_prompts
 
         with gpu.lease(context.log, f"sft_checkpoint {context.partition_key}") as device:
@@ -155,6 +157,7 @@ def dpo_checkpoint(
     determinants["recipe"] = recipe.dpo.model_dump()
 
     def build(work: Path) -> tuple[Path, dict[str, Any]]:
+        _require_space(context, work, base_model, recipe.dpo.lora.r)
         from llmrec_assets.models.dpo import train_dpo_on_pairs
 
         with gpu.lease(context.log, f"dpo_checkpoint {context.partition_key}") as device:
@@ -215,6 +218,7 @@ def reward_model(
     determinants["interval"] = [recipe.evaluation.resamples, recipe.evaluation.confidence]
 
     def build(work: Path) -> tuple[Path, dict[str, Any]]:
+        _require_space(context, work, base_model, recipe.reward.lora.r)
         from llmrec_assets.models.reward import train_reward_on_pairs
 
         with gpu.lease(context.log, f"reward_model {context.partition_key}") as device:
@@ -305,6 +309,8 @@ def rlhf_checkpoint(
         )
 
     def build(work: Path) -> tuple[Path, dict[str, Any]]:
+        # PPO also trains a value adapter.
+        _require_space(context, work, base_model, recipe.rlhf.lora.r, recipe.rlhf.lora.r)
         with gpu.lease(context.log, f"rlhf_checkpoint {partition}") as device:
             common: dict[str, Any] = {
                 "scorer": scorer,
@@ -360,6 +366,13 @@ def _on_pairs(
         "seed": config.seed_of(recipe),
         "code": CODE_VERSION,
     }
+
+
+def _require_space(
+    context: dg.AssetExecutionContext, work: Path, base_model: Path, *ranks: int
+) -> None:
+    what = f"training {context.asset_key.to_user_string()} for {context.partition_key}"
+    require_space(work, training_space(base_model, *ranks), what)
 
 
 def _describe(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Group ``source``: rating files and the three tables read from them."""
+"""Group ``source``: rating files, the tables read from them, and ratings that arrive later."""
 
 from pathlib import Path
 
 import dagster as dg
 import pandas as pd
 
-from llmrec_assets.ground import movielens, sources
+from llmrec_assets.ground import incoming, movielens, sources
 from llmrec_assets.orchestration.assets.common import (
     CODE_VERSION,
+    RATINGS_FRESH,
     directory_options,
     table_options,
 )
@@ -22,6 +23,10 @@ from llmrec_assets.orchestration.results import (
 )
 
 GROUP = "source"
+
+NOTHING_QUARANTINED = "nothing_quarantined"
+#: Metadata: what ``incoming_ratings`` was made of; the sensor compares it with what lies there.
+FINGERPRINT = "accepted_fingerprint"
 
 
 @dg.asset(
@@ -70,15 +75,66 @@ def users(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResu
     return table_result("users", frame, {"share_with_a_place": placed})
 
 
-@dg.asset(**table_options("ratings", GROUP), partitions_def=dataset_partitions)
+@dg.asset(
+    **table_options("incoming_ratings", GROUP),
+    partitions_def=dataset_partitions,
+    check_specs=[
+        dg.AssetCheckSpec(
+            NOTHING_QUARANTINED,
+            asset="incoming_ratings",
+            description="No rating file lies in incoming/<data set>/quarantine. Warns: the file is "
+            "left out, the rest goes on.",
+        )
+    ],
+)
+def incoming_ratings(
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
+) -> CheckedResult:
+    """Ratings that arrived as files in incoming/<data set>: merged, one per user and film."""
+    dataset = dataset_of(context)
+    place = storage.incoming_directory(dataset)
+    taken = incoming.take_in(place, dataset, users, movies, context.log.info)
+    for name in taken.left:
+        why = "no plain file, a strange name, or still being written"
+        context.log.warning(f"left in {place}: {name} ({why})")
+    quarantined = incoming.quarantined_files(place)
+    yield dg.AssetCheckResult(
+        check_name=NOTHING_QUARANTINED,
+        passed=not quarantined,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={name: reason.split("\n")[0] for name, reason in quarantined.items()},
+    )
+    yield table_result(
+        "incoming_ratings",
+        taken.ratings,
+        {
+            "place": dg.MetadataValue.path(str(place)),
+            "accepted_files": len(taken.accepted),
+            FINGERPRINT: incoming.fingerprint(taken.accepted),
+            "quarantined_files": len(quarantined),
+            "left": taken.left or "nothing",
+        },
+    )
+
+
+@dg.asset(
+    **table_options("ratings", GROUP),
+    partitions_def=dataset_partitions,
+    freshness_policy=RATINGS_FRESH,
+)
 def ratings(
     context: dg.AssetExecutionContext,
     movielens_files: Path,
     users: pd.DataFrame,
     movies: pd.DataFrame,
+    incoming_ratings: pd.DataFrame,
 ) -> TableResult:
     """Ratings, 1 to 5 stars with their time; every user and movie id is known."""
-    frame = movielens.read_ratings(movielens_files, dataset_of(context), users, movies)
+    original = movielens.read_ratings(movielens_files, dataset_of(context), users, movies)
+    frame = incoming.merged([original, incoming_ratings])
     return table_result(
         "ratings",
         frame,
@@ -86,5 +142,6 @@ def ratings(
             "users": int(frame["user_id"].nunique()),
             "movies": int(frame["movie_id"].nunique()),
             "share_liked": float((frame["rating"] >= 3).mean()),
+            "added_by_incoming_files": len(frame) - len(original),
         },
     )
