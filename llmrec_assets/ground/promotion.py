@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from llmrec_assets.ground.comparisons import user_scores
-from llmrec_assets.ground.errors import StoreError
+from llmrec_assets.ground.errors import DataError, StoreError
 from llmrec_assets.ground.intervals import bootstrap_means
 from llmrec_assets.ground.recipes import EvaluationRecipe
 from llmrec_assets.ground.recommendations import typed
@@ -257,6 +257,26 @@ def side_of(past: pd.DataFrame, version: str | None) -> Side | None:
         row["challenger_decoding"],
         None if pd.isna(test) else float(test),
     )
+
+
+def roll_back(
+    store: Store, dataset: str, version: str, past: pd.DataFrame, run_id: str
+) -> Promotion:
+    """Puts an earlier champion in force again.
+
+    Raises:
+        DataError: it never was champion, is not kept, or is damaged; names those that can be.
+    """
+    current = store.current(CHAMPION, dataset, kind="checkpoints")
+    kept = [name for name in kept_champions(store, dataset, past) if name != current]
+    side = side_of(past, version)
+    if side is None or version not in kept:
+        raise DataError(
+            f"{version} cannot be champion of {dataset} again: it must have been, and lie there "
+            f"intact; there are {', '.join(kept) or 'none'} beside the current {current}"
+        )
+    store.adopt(CHAMPION, dataset, version)
+    return rolled_back(opened(side, side_of(past, current), run_id), "asked for by roll_back_to")
 
 
 def kept_champions(store: Store, dataset: str, past: pd.DataFrame) -> list[str]:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from llmrec_assets.models.progress import Progress, ProgressEvent
 
 
-def report_progress(context: dg.AssetExecutionContext, every_seconds: float = 15.0) -> Progress:
+def report_progress(
+    context: dg.AssetExecutionContext, every_seconds: float = 15.0, asset: str | None = None
+) -> Progress:
     """Logs events and records them as ``AssetObservation``s, at most one every ``every_seconds``
-    and always the last."""
+    and always the last. ``asset``: of which asset, in a step that makes several."""
     last = -every_seconds
 
     def show(event: ProgressEvent) -> None:
@@ -28,7 +30,7 @@ def report_progress(context: dg.AssetExecutionContext, every_seconds: float = 15
         context.log.info(str(event))
         context.log_event(
             dg.AssetObservation(
-                asset_key=context.asset_key,
+                asset_key=context.asset_key if asset is None else dg.AssetKey(asset),
                 partition=context.partition_key,
                 metadata={
                     "step": event.step,

@@ -49,43 +49,52 @@ def packed(
 
 #: What anybody does with the directory, in it, and isolated from this project.
 LOAD = """
-import json, sys
+import json, os, sys
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("model")
-model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
-if sys.argv[1] == "adapter":
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, "adapter")
-message = [{"role": "user", "content": sys.argv[2]}]
-text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-with torch.inference_mode():
-    logits = model.eval()(ids).logits[0, -1].tolist()
-print(json.dumps({"logits": logits, "ours": [m for m in sys.modules if m.startswith("llmrec")]}))
+for directory in sys.argv[2:]:
+    os.chdir(directory)
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
+    if os.path.isdir("adapter"):
+        model = PeftModel.from_pretrained(model, "adapter")
+    message = [{"role": "user", "content": sys.argv[1]}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        logits = model.eval()(ids).logits[0, -1].tolist()
+    ours = [name for name in sys.modules if name.startswith("llmrec")]
+    print("TOLD", json.dumps({"logits": logits, "ours": ours}))
 """
 
 
-def test_it_loads_with_plain_transformers_and_peft(packed: tuple[Challenger, Path]) -> None:
-    found, directory = packed
-    kind = "adapter" if found.served.stage != "sft" else "model"
-    assert (directory / "adapter").is_dir() == (kind == "adapter")
+def test_it_loads_with_plain_transformers_and_peft(finished: FinishedRun, tmp_path: Path) -> None:
+    """SFT's directory is a model; DPO's a model and an adapter on top."""
+    packed = {
+        stage: (found, pack_champion(found, tmp_path / stage))
+        for stage in ("sft", "dpo")
+        for found in [challenger(finished, stage)]
+    }
+    assert not (tmp_path / "sft" / "adapter").exists() and (tmp_path / "dpo" / "adapter").is_dir()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD, kind, QUESTION],
-        cwd=directory,
+        [sys.executable, "-I", "-c", LOAD, QUESTION, *(str(path) for _, path in packed.values())],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(directory.parent)},
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["ours"] == []
-    model, tokenizer = load_policy(found.base_model, found.adapters, **ON)
-    ids = torch.tensor([prompt_ids(tokenizer, QUESTION)])
-    with torch.inference_mode():
-        ours = model(ids).logits[0, -1]
-    assert torch.equal(torch.tensor(told["logits"]), ours)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    for line, (found, _) in zip(lines, packed.values(), strict=True):
+        told = json.loads(line.removeprefix("TOLD "))
+        assert told["ours"] == []
+        model, tokenizer = load_policy(found.base_model, found.adapters, **ON)
+        ids = torch.tensor([prompt_ids(tokenizer, QUESTION)])
+        with torch.inference_mode():
+            ours = model(ids).logits[0, -1]
+        assert torch.equal(torch.tensor(told["logits"]), ours)
 
 
 def test_loaded_again_it_is_the_policy_bit_by_bit(packed: tuple[Challenger, Path]) -> None:

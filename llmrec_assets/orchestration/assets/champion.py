@@ -1,27 +1,16 @@
 """Group ``champion``: the policy that serves a data set, and the record of how it came to."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import dagster as dg
 import pandas as pd
 
 from llmrec_assets.ground import promotion as promoting
-from llmrec_assets.ground.challengers import (
-    Challenger,
-    Source,
-    input_problems,
-    read_challenger,
-    read_source,
-    validation_metrics,
-)
-from llmrec_assets.ground.champion import write_card
-from llmrec_assets.ground.errors import DataError, StoreError
-from llmrec_assets.ground.promotion import CHALLENGER, CHAMPION, TABLE, Promotion
+from llmrec_assets.ground.errors import DataError
+from llmrec_assets.ground.promotion import CHAMPION, TABLE, Promotion
 from llmrec_assets.ground.report import markdown_table
-from llmrec_assets.ground.store import Store, read_manifest
+from llmrec_assets.ground.store import Store
 from llmrec_assets.orchestration.assets.common import (
     CODE_VERSION,
     directory_options,
@@ -86,185 +75,57 @@ def champion(
     gpu: GpuResource,
 ) -> CheckedResult:
     """Lets a recipe's policy challenge the champion on validation users, or rolls back."""
-    store, dataset = storage.store(), context.partition_key
+    store, dataset, run_id = storage.store(), context.partition_key, context.run_id
+    if (config.challenger is None) == (config.roll_back_to is None):
+        raise DataError(
+            f"one question at a time about the champion of {dataset}: name a recipe as challenger "
+            "in the run config, or a version as roll_back_to (`llmrec promote` does it)"
+        )
     with one_builder(store, CHAMPION, dataset, context.log.info):
         past = promoting.recorded(store, dataset)
-        past = promoting.with_missing_row(store, dataset, past, context.run_id)
+        past = promoting.with_missing_row(store, dataset, past, run_id)
         promotion: Promotion | None
-        if config.roll_back_to is not None:
-            promotion = _roll_back(context, config, store, past)
-            yield from blocking_checks(CHAMPION, {_SOUND: []})
-        elif config.challenger is not None:
-            promotion, problems = _challenge(context, config, config.challenger, store, gpu, past)
-            if problems and promotion is not None:
-                yield table_result(TABLE, promoting.with_row(past, promotion))
-            yield from blocking_checks(CHAMPION, {_SOUND: problems})
+        problems: list[str] = []
+        if config.challenger is None:
+            version = str(config.roll_back_to)
+            promotion = promoting.roll_back(store, dataset, version, past, run_id)
         else:
-            raise DataError(
-                f"nothing is asked about the champion of {dataset}: name a recipe as challenger "
-                "in the run config, or a version as roll_back_to (`llmrec promote` does it)"
-            )
-        yield from _results(store, dataset, past, promotion)
+            from llmrec_assets.models.contest import challenge
 
-
-def _roll_back(
-    context: dg.AssetExecutionContext, config: PromotionConfig, store: Store, past: pd.DataFrame
-) -> Promotion:
-    dataset, version = context.partition_key, str(config.roll_back_to)
-    if config.challenger is not None:
-        raise DataError("name either a challenger or roll_back_to: they are two questions")
-    current = store.current(CHAMPION, dataset, kind="checkpoints")
-    kept = [name for name in promoting.kept_champions(store, dataset, past) if name != current]
-    side = promoting.side_of(past, version)
-    if side is None or version not in kept:
-        raise DataError(
-            f"{version} cannot be champion of {dataset} again: it must have been, and lie there "
-            f"intact; there are {', '.join(kept) or 'none'} beside the current {current}"
-        )
-    store.adopt(CHAMPION, dataset, version)
-    opened = promoting.opened(side, promoting.side_of(past, current), context.run_id)
-    return promoting.rolled_back(opened, "asked for by roll_back_to")
-
-
-def _challenge(
-    context: dg.AssetExecutionContext,
-    config: PromotionConfig,
-    recipe_name: str,
-    store: Store,
-    gpu: GpuResource,
-    past: pd.DataFrame,
-) -> tuple[Promotion | None, list[str]]:
-    """The decision, None where nothing was to be decided, and what the checks found."""
-    dataset = context.partition_key
-    source = read_source(store, dataset)
-    challenger = read_challenger(store, dataset, recipe_name, config.stage, CODE_VERSION)
-    current = store.current(CHAMPION, dataset, kind="checkpoints")
-    opened = promoting.opened(
-        challenger.side,
-        promoting.side_of(past, current),
-        context.run_id,
-        k=challenger.recipe.windows.top_k,
-        prompts_version=challenger.prompts.version,
-        ratings_version=source.ratings.version,
-    )
-    problems = input_problems(store, challenger, source)
-    if problems:
-        return promoting.refused(opened, problems), problems
-    opponent = None
-    if current is not None:
-        try:
-            opponent = store.checkpoint(CHAMPION, dataset)
-        except StoreError as error:
-            if not config.force:
-                raise
-            context.log.warning(f"{error}; the challenger takes its place without a comparison")
-    if opponent is not None:
-        told = promoting.settled(past, opened, challenger.recipe.promotion.margin)
-        if opponent.name.split("-")[0] == opened.challenger:
-            context.log.info(f"{opponent.name} is the champion already")
-            return None, []
-        if told is not None and not config.force:
-            context.log.info(f"decided already, force decides again: {told}")
-            return None, []
-    return _contest(context, store, gpu, challenger, source, opponent, opened)
-
-
-def _contest(
-    context: dg.AssetExecutionContext,
-    store: Store,
-    gpu: GpuResource,
-    challenger: Challenger,
-    source: Source,
-    opponent: Path | None,
-    opened: Promotion,
-) -> tuple[Promotion, list[str]]:
-    from llmrec_assets.models.champion import pack_champion, validation_lists
-
-    dataset, recipe = context.partition_key, challenger.recipe
-    trained = [] if opponent is None else read_manifest(opponent)["facts"]["trained_user_ids"]
-    asked = challenger.validation_prompts(left_out=set(trained))
-    left_out = challenger.validation_prompts(left_out=set())["user_id"].nunique()
-    opened = replace(opened, users_left_out=int(left_out - asked["user_id"].nunique()))
-    if asked.empty:
-        return promoting.without_opponent(opened), []
-    version = opened.challenger
-    work = store.work_directory(CHAMPION, dataset, version)
-    intact = store.find_intact(CHAMPION, dataset, version)
-    with gpu.lease(context.log, f"{CHAMPION} {dataset}") as device:
-        files = intact or pack_champion(challenger, work / "files")
-        sides = [(CHALLENGER, version, files)]
-        if opponent is not None:
-            sides.append((CHAMPION, opponent.name, opponent))
-        lists = [
-            validation_lists(
-                directory,
-                asked,
-                source,
-                side=side,
-                version=name,
-                prompts_version=challenger.prompts.version,
-                top_k=recipe.windows.top_k,
-                seed=recipe.seed,
-                code=CODE_VERSION,
-                work_dir=work,
-                device=device,
-                progress=report_progress(context),
-            )
-            for side, name, directory in sides
-        ]
-    metrics, problems = validation_metrics(pd.concat(lists, ignore_index=True), challenger, source)
-    if problems:
-        return promoting.refused(opened, problems), problems
-    promotion = promoting.judged(
-        opened,
-        metrics,
-        recipe.evaluation,
-        margin=recipe.promotion.margin,
-        seed=recipe.seed,
-    )
-    if promotion.in_force == version:
-        if intact is not None:
-            store.adopt(CHAMPION, dataset, intact.name)
-            published = intact
-        else:
-            write_card(files, challenger.served, promotion)
-            published = store.publish_checkpoint(
-                CHAMPION,
+            promotion, problems = challenge(
+                store,
                 dataset,
-                version,
-                files,
-                determinants=challenger.determinants,
-                facts={
-                    "promotion": asdict(promotion),
-                    "trained_user_ids": challenger.trained_user_ids,
-                    "run_id": context.run_id,
-                },
+                config.challenger,
+                past,
+                stage=config.stage,
+                force=config.force,
+                run_id=run_id,
+                code=CODE_VERSION,
+                lease=lambda: gpu.lease(context.log, f"{CHAMPION} {dataset}"),
+                say=context.log.info,
+                progress=report_progress(context, asset=CHAMPION),
             )
-        promotion = replace(promotion, challenger=published.name, in_force=published.name)
-    store.remove_work(work)
-    return promotion, []
+        yield _record(past if promotion is None else promoting.with_row(past, promotion))
+        yield from blocking_checks(CHAMPION, {_SOUND: problems})
+        yield _in_force(store, dataset, promotion)
 
 
-def _results(
-    store: Store, dataset: str, past: pd.DataFrame, promotion: Promotion | None
-) -> Iterator[dg.MaterializeResult]:
-    """The record with its new row, and the champion in force, whichever it is."""
-    table = past if promotion is None else promoting.with_row(past, promotion)
-    shown = dg.MetadataValue.md(markdown_table(table[_SHOWN].tail(10)))
-    yield table_result(TABLE, table, {"latest": shown})
+def _record(table: pd.DataFrame) -> dg.MaterializeResult:
+    latest = dg.MetadataValue.md(markdown_table(table[_SHOWN].tail(10)))
+    return table_result(TABLE, table, {"latest": latest})
+
+
+def _in_force(store: Store, dataset: str, promotion: Promotion | None) -> dg.MaterializeResult:
+    """The champion, whichever it is, and how it came to that."""
     path = store.checkpoint(CHAMPION, dataset)
-    told = (
-        {name: value for name, value in asdict(promotion).items() if value is not None}
-        if (promotion)
-        else {"decision": "nothing to decide"}
-    )
-    yield dg.MaterializeResult(
+    told = {"decision": "nothing to decide"} if promotion is None else asdict(promotion)
+    return dg.MaterializeResult(
         asset_key=CHAMPION,
         value=path,
         data_version=dg.DataVersion(path.name),
         metadata={
             "path": dg.MetadataValue.path(str(path)),
             "card": dg.MetadataValue.md((path / "README.md").read_text(encoding="utf-8")),
-            **told,
+            **{name: value for name, value in told.items() if value is not None},
         },
     )
