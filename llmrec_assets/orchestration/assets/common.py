@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmrec_assets.ground.provenance import CODE_VERSION
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.orchestration.results import table_columns
 
 OWNERS = ["team:llmrec"]
-
-#: Raised when the code of a stage changes what it produces. Part of every checkpoint's version.
-CODE_VERSION = "3"
 
 
 def table_options(asset: str, group: str) -> dict[str, Any]:
