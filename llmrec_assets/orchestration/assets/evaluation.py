@@ -23,6 +23,7 @@ from llmrec_assets.ground.report_page import build_report
 from llmrec_assets.ground.score_checks import score_problems
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
+    RESPONSE_TABLES,
     answers_behind,
     current_stages,
     missing_stages,
@@ -37,6 +38,7 @@ from llmrec_assets.orchestration.assets.common import (
 )
 from llmrec_assets.orchestration.config import ForceConfig, RunConfig
 from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_partitions
+from llmrec_assets.orchestration.provenance import note_inputs
 from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
@@ -75,6 +77,7 @@ def user_metrics(
 ) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
     stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    note_inputs(context, stages.versions)
     for line in stages.left_out:
         context.log.warning(line)
     recipe = recipe_of(context)
@@ -148,7 +151,7 @@ def group_metrics(
 @dg.asset(
     **table_options("beyond_accuracy", GROUP),
     partitions_def=run_partitions,
-    deps=RECOMMENDATION_TABLES,
+    deps=[*RECOMMENDATION_TABLES, *RESPONSE_TABLES],
 )
 def beyond_accuracy(
     context: dg.AssetExecutionContext,
@@ -160,14 +163,16 @@ def beyond_accuracy(
 ) -> TableResult:
     """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
-    lists = current_stages(store, partition, prompts.version).recommendations
+    stages = current_stages(store, partition, prompts.version)
+    answers, versions = answers_behind(store, partition, stages.recommendations)
+    note_inputs(context, {**stages.versions, **versions})
     frame = beyond.beyond_accuracy(
-        lists,
+        stages.recommendations,
         prompts.frame,
         ratings,
         user_splits,
         movies,
-        answers_behind(store, partition, lists),
+        answers,
         liked_min=recipe.windows.liked_min,
         protocol=recipe.windows.protocol,
     )
@@ -228,6 +233,7 @@ def sample_recommendations(
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
     stages = current_stages(storage.store(), context.partition_key, prompts.version)
+    note_inputs(context, stages.versions)
     frame = recommendations.sample_recommendations(
         prompts.frame,
         interaction_windows,
