@@ -1,4 +1,5 @@
-"""The command line: ``llmrec run``, ``evaluate``, ``sql``, ``table``, ``sample``, ``init``.
+"""The command line: ``llmrec run``, ``evaluate``, ``sql``, ``table``, ``lineage``, ``reproduce``,
+``sample``, ``init``.
 
 What belongs here: reading arguments, printing. What does not: any work; every command calls one
 function of a floor below. Dagster is imported only by the commands that need it.
@@ -66,6 +67,25 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--recipe", default="quickstart")
     table.add_argument("--markdown", action="store_true", help="as a Markdown table")
     table.set_defaults(command=_table)
+
+    lineage = commands.add_parser(
+        "lineage", help="where a metric table comes from, and what of it is stale"
+    )
+    lineage.add_argument("--dataset", default="sample")
+    lineage.add_argument("--recipe", default="quickstart")
+    lineage.add_argument("--stage", help="only what this stage's rows rest on")
+    lineage.add_argument("--decoding", help="show only the rows of this decoding")
+    lineage.add_argument("--version", help="an older metric_table than the current one")
+    lineage.add_argument("--json", action="store_true", help="all that is recorded, as JSON")
+    lineage.set_defaults(command=_lineage)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="make a metric table again from its record, and compare"
+    )
+    reproduce.add_argument("--dataset", default="sample")
+    reproduce.add_argument("--recipe", default="quickstart")
+    reproduce.add_argument("--version", help="an older metric_table than the current one")
+    reproduce.set_defaults(command=_reproduce)
 
     sample = commands.add_parser("sample", help="generate the synthetic sample")
     sample.add_argument("--seed", type=int, default=1)
@@ -145,6 +165,25 @@ def _label(dataset: str) -> str:
     return "   (synthetic data: shows that the graph works, nothing about films)" * (
         dataset == "sample"
     )
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from llmrec_assets.ground.lineage import stale, trace
+    from llmrec_assets.ground.lineage_page import chosen_rows, lineage_json, lineage_text
+
+    store, partition = _store(), f"{options.dataset}|{options.recipe}"
+    found = trace(store, "metric_table", partition, options.version, options.stage)
+    rows = chosen_rows(store.read_table(*found.root).frame, options.stage, options.decoding)
+    show = lineage_json if options.json else lineage_text
+    print(show(found, stale(store, found), rows))
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from llmrec_assets.reproduction import reproduce
+
+    print(reproduce(_store(), options.dataset, options.recipe, options.version))
+    return 0
 
 
 def _sample(options: argparse.Namespace) -> int:
