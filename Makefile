@@ -11,7 +11,7 @@ PORT ?= 3000
 export DAGSTER_HOME ?= $(CURDIR)/data/dagster_home
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart run evaluate test lint ui sql table seeds clean
+.PHONY: help setup quickstart run evaluate test lint ui sql table lineage seeds clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,9 @@ sql: $(INSTALLED)  ## Query the tables: make sql Q="select * from metric_table"
 
 table: $(INSTALLED)  ## Print the metric table: make table DATASET=… RECIPE=…
 	@$(BIN)/llmrec table --dataset $(DATASET) --recipe $(RECIPE)
+
+lineage: $(INSTALLED)  ## Where the metric table comes from: make lineage DATASET=… RECIPE=…
+	@$(BIN)/llmrec lineage --dataset $(DATASET) --recipe $(RECIPE)
 
 seeds: $(INSTALLED)  ## The quickstart on generator seeds 2 and 3, each in its own home
 	@for seed in 2 3; do \

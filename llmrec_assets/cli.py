@@ -1,4 +1,4 @@
-"""The command line: ``llmrec run``, ``evaluate``, ``promote``, ``recommend``, ``health``, …
+"""The command line: ``llmrec run``, ``promote``, ``recommend``, ``lineage``, ``health``, …
 
 What belongs here: reading arguments, printing. What does not: any work; every command calls one
 function of a floor below. Dagster is imported only by the commands that need it.
@@ -105,6 +105,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     health.add_argument("--repair", action="store_true", help="mend what is safe to mend")
     health.set_defaults(command=_health)
+    lineage = commands.add_parser(
+        "lineage", help="where a metric table comes from, and what of it is stale"
+    )
+    lineage.add_argument("--dataset", default="sample")
+    lineage.add_argument("--recipe", default="quickstart")
+    lineage.add_argument("--stage", help="only what this stage's rows rest on")
+    lineage.add_argument("--decoding", help="show only the rows of this decoding")
+    lineage.add_argument("--version", help="an older metric_table than the current one")
+    lineage.add_argument("--json", action="store_true", help="all that is recorded, as JSON")
+    lineage.set_defaults(command=_lineage)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="make a metric table again from its record, and compare"
+    )
+    reproduce.add_argument("--dataset", default="sample")
+    reproduce.add_argument("--recipe", default="quickstart")
+    reproduce.add_argument("--version", help="an older metric_table than the current one")
+    reproduce.set_defaults(command=_reproduce)
 
     sample = commands.add_parser("sample", help="generate the synthetic sample")
     sample.add_argument("--seed", type=int, default=1)
@@ -264,6 +282,25 @@ def _health(options: argparse.Namespace) -> int:
         findings = examine_everything(_store(), instance, GpuResource(), options.repair)
     print(findings_table(findings).to_string(index=False, justify="left"))
     return int(any(finding.state == "problem" for finding in findings))
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from llmrec_assets.ground.lineage import stale, trace
+    from llmrec_assets.ground.lineage_page import chosen_rows, lineage_json, lineage_text
+
+    store, partition = _store(), f"{options.dataset}|{options.recipe}"
+    found = trace(store, "metric_table", partition, options.version, options.stage)
+    rows = chosen_rows(store.read_table(*found.root).frame, options.stage, options.decoding)
+    show = lineage_json if options.json else lineage_text
+    print(show(found, stale(store, found), rows))
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from llmrec_assets.reproduction import reproduce
+
+    print(reproduce(_store(), options.dataset, options.recipe, options.version))
+    return 0
 
 
 def _sample(options: argparse.Namespace) -> int:

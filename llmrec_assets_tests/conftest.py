@@ -26,7 +26,10 @@ from llmrec_assets.runs import run_partition
 
 PROJECT = Path(__file__).resolve().parents[1]
 _NAMED_DATA = os.environ.get("LLMREC_DATA_DIR")
-_OURS = ("LLMREC_HOME", "LLMREC_LOCK_DIR", "LLMREC_SAMPLE_DIR", "LLMREC_DEVICE", "DAGSTER_HOME")
+_OURS = (
+    *("LLMREC_HOME", "LLMREC_LOCK_DIR", "LLMREC_SAMPLE_DIR", "LLMREC_RECIPES_DIR", "LLMREC_DEVICE"),
+    "DAGSTER_HOME",
+)
 
 # The test model has two layers: a second thread would only spin. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,7 +104,9 @@ class Home:
             **changes,
         }
 
-    def llmrec(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    def llmrec(
+        self, *arguments: str, timeout: float = 240, **changes: str
+    ) -> subprocess.CompletedProcess[str]:
         """Runs the command line to its end; standard error is kept apart."""
         return subprocess.run(
             [sys.executable, "-m", "llmrec_assets.cli", *arguments],
@@ -109,7 +114,7 @@ class Home:
             cwd=self.root,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=timeout,
         )
 
     def start(self, *command: str, **changes: str) -> subprocess.Popen[str]:

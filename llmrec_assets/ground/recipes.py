@@ -7,6 +7,7 @@ Paper values are in ``recipes/paper.yaml``.
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llmrec_assets.ground.errors import RecipeError
 
-RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
+#: ``LLMREC_RECIPES_DIR`` names another one: a reproduction runs with the recorded recipe.
+RECIPES_DIR = Path(
+    os.environ.get("LLMREC_RECIPES_DIR") or Path(__file__).resolve().parent.parent / "recipes"
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]

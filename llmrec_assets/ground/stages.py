@@ -40,16 +40,18 @@ CHECKPOINT_OF_STAGE = {
     "dpo": "dpo_checkpoint",
     "rlhf": "rlhf_checkpoint",
 }
+RESPONSE_TABLES = [f"{stage}_responses" for stage in CHECKPOINT_OF_STAGE]
 _INPUT_CHECKPOINTS = ("base_model", "sft_checkpoint", "reward_model")
 
 
 @dataclass(frozen=True)
 class StageTables:
     """Recommendations of every stage that answers the current prompts, with the version of the
-    table they come from; ``left_out`` names the others and why."""
+    table they come from; ``left_out`` names the others and why. ``versions``: of those tables."""
 
     recommendations: pd.DataFrame
     left_out: list[str]
+    versions: dict[str, str]
 
 
 def current_stages(
@@ -64,7 +66,7 @@ def current_stages(
         DataError: none of them is, or the classical lists were made by another recipe. They are
             not left out: without them every bar of the table would be gone.
     """
-    kept, left_out = [], []
+    kept, left_out, versions = [], [], {}
     for asset in RECOMMENDATION_TABLES:
         if store.current(asset, partition, kind="tables") is None:
             left_out.append(f"{asset} is missing: never materialized for {partition}")
@@ -95,23 +97,30 @@ def current_stages(
         if problem is not None:
             raise DataError(f"{asset} is stale: {problem}; materialize {asset} again")
         kept.append(table.frame.assign(recommendations_version=table.version))
+        versions[asset] = table.version
     if not kept:
         raise DataError(
             f"no recommendations for {partition} answer the current prompts: " + "; ".join(left_out)
         )
-    return StageTables(pd.concat(kept, ignore_index=True), left_out)
+    return StageTables(pd.concat(kept, ignore_index=True), left_out, versions)
 
 
-def answers_behind(store: Store, partition: str, lists: pd.DataFrame) -> pd.DataFrame:
+def answers_behind(
+    store: Store, partition: str, lists: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, str]]:
     """The current ``RESPONSES`` that ``lists`` (``RECOMMENDATIONS``) were read from: same stage,
-    decoding, prompts and checkpoint. Answers made since are left out."""
+    decoding, prompts and checkpoint; and the versions of their tables. Answers made since are left
+    out."""
     key = ["stage", "decoding", "prompts_version", "checkpoint_version"]
     wanted = lists[key].drop_duplicates()
-    found = [wanted.iloc[:0]]
+    found, versions = [wanted.iloc[:0]], {}
     for stage in sorted(set(wanted["stage"]) & set(CHECKPOINT_OF_STAGE)):
-        if store.current(f"{stage}_responses", partition, kind="tables") is not None:
-            found.append(store.read_table(f"{stage}_responses", partition).frame)
-    return pd.concat(found, ignore_index=True).merge(wanted, on=key)
+        asset = f"{stage}_responses"
+        if store.current(asset, partition, kind="tables") is not None:
+            table = store.read_table(asset, partition)
+            found.append(table.frame)
+            versions[asset] = table.version
+    return pd.concat(found, ignore_index=True).merge(wanted, on=key), versions
 
 
 def answered_stages(store: Store, partition: str) -> tuple[list[str], list[str]]:

@@ -39,6 +39,9 @@ from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.tables import conform, content_version, require, to_frame
 
 MANIFEST = "manifest.json"
+#: Where the record of how a version came about stands (``provenance``): a key of the manifest, and
+#: of the metadata of a table's file. It is no part of any version.
+PROVENANCE = "provenance"
 CURRENT = "current.json"
 
 
@@ -82,8 +85,17 @@ class Store:
 
     # -- tables ---------------------------------------------------------------------------
 
-    def publish_table(self, asset: str, partition: str, frame: pd.DataFrame | pa.Table) -> str:
+    def publish_table(
+        self,
+        asset: str,
+        partition: str,
+        frame: pd.DataFrame | pa.Table,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> str:
         """Publishes a table under the hash of its content and makes it current.
+
+        Args:
+            provenance: JSON values, written into the file's metadata.
 
         Raises:
             StoreError: the frame does not match the asset's declared schema.
@@ -95,6 +107,10 @@ class Store:
             table = conform(frame, SCHEMAS[asset], asset)
         version = content_version(table)
         directory = self._directory("tables", asset, partition)
+        if provenance is not None:
+            kept = table.schema.metadata or {}
+            recorded = json.dumps(provenance, ensure_ascii=False)
+            table = table.replace_schema_metadata({**kept, PROVENANCE: recorded})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         with store_lock(self.root, "publish"):
@@ -156,6 +172,7 @@ class Store:
         *,
         determinants: Mapping[str, Any],
         facts: Mapping[str, Any],
+        provenance: Mapping[str, Any] | None = None,
     ) -> Path:
         """Moves the files of ``files`` under ``version``, with a manifest, and makes it current.
 
@@ -166,6 +183,7 @@ class Store:
             files: a directory inside ``work_directory``, on the same file system.
             determinants: what the version is the hash of.
             facts: what the run found out (losses, durations, library versions).
+            provenance: JSON values, written into the manifest.
         """
         directory = self._local("checkpoints", asset, partition)
         directory.mkdir(parents=True, exist_ok=True)
@@ -190,6 +208,7 @@ class Store:
                 "version": attempt,
                 "determinants": dict(determinants),
                 "facts": dict(facts),
+                **({} if provenance is None else {PROVENANCE: dict(provenance)}),
                 "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": hashes,
             }
@@ -209,9 +228,12 @@ class Store:
         version = version or self.current(asset, partition, kind="checkpoints")
         if version is None:
             raise StoreError(f"{asset} has not been materialized for {partition}: do that first")
-        path = self._local("checkpoints", asset, partition) / version
+        path = self.checkpoint_path(asset, partition, version)
         verify_checkpoint(path)
         return path
+
+    def checkpoint_path(self, asset: str, partition: str, version: str) -> Path:
+        return self._local("checkpoints", asset, partition) / version
 
     def find_intact(self, asset: str, partition: str, version: str) -> Path | None:
         """The newest intact attempt published for ``version``, or None."""

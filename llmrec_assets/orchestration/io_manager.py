@@ -10,8 +10,14 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
+from llmrec_assets.ground.lineage import trace
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.ground.warehouse import publish_warehouse
+from llmrec_assets.orchestration.provenance import (
+    lineage_metadata,
+    note_input,
+    provenance_of_step,
+)
 from llmrec_assets.orchestration.resources import StoreResource
 
 
@@ -23,15 +29,16 @@ class TableIOManager(dg.ConfigurableIOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: pa.Table) -> None:
         store = self.storage.store()
-        name = context.asset_key.path[-1]
-        version = store.publish_table(name, context.asset_partition_key, obj)
+        name, partition = context.asset_key.path[-1], context.asset_partition_key
+        version = store.publish_table(name, partition, obj, provenance_of_step())
         publish_warehouse(store)
+        context.add_output_metadata(lineage_metadata(trace(store, name, partition, version)))
         context.log.info(f"published {name} version {version}")
 
     def load_input(self, context: dg.InputContext) -> Any:
-        table = self.storage.store().read_table(
-            context.asset_key.path[-1], context.asset_partition_key
-        )
+        name, partition = context.asset_key.path[-1], context.asset_partition_key
+        table = self.storage.store().read_table(name, partition)
+        note_input(name, partition, table.version)
         return table if context.dagster_type.typing_type is StoredTable else table.frame
 
 
@@ -45,6 +52,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
             raise TypeError(f"{context.asset_key} returned {obj}, expected a published directory")
 
     def load_input(self, context: dg.InputContext) -> Path:
-        return self.storage.store().checkpoint(
-            context.asset_key.path[-1], context.asset_partition_key
-        )
+        name, partition = context.asset_key.path[-1], context.asset_partition_key
+        path = self.storage.store().checkpoint(name, partition)
+        note_input(name, partition, path.name)
+        return path

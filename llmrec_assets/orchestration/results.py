@@ -17,12 +17,15 @@ import pandas as pd
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from llmrec_assets.ground.column_lineage import expanded, sources
+from llmrec_assets.ground.lineage import trace
 from llmrec_assets.ground.plots import line_plot
 from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.store import Store, builder_lock, checkpoint_version, read_manifest
 from llmrec_assets.ground.tables import conform, content_version
 from llmrec_assets.orchestration.config import ForceConfig
+from llmrec_assets.orchestration.provenance import lineage_metadata, provenance_of_step
 
 _PREVIEW_ROWS = 5
 
@@ -33,17 +36,35 @@ CheckedResult = Iterator[dg.AssetCheckResult | dg.MaterializeResult]
 
 
 def table_columns(asset: str) -> dg.TableSchema:
-    """The declared schema as Dagster shows it."""
+    """The declared schema as Dagster shows it, with what each column is computed from: the open
+    source UI takes column lineage and does not draw it."""
+    made_from = sources(asset)
     return dg.TableSchema(
         columns=[
             dg.TableColumn(
                 field.name,
                 type=str(field.type),
-                description=(field.metadata or {}).get(b"description", b"").decode(),
+                description=(field.metadata or {}).get(b"description", b"").decode()
+                + (
+                    f" [from {', '.join(made_from[field.name])}]" if field.name in made_from else ""
+                ),
                 constraints=dg.TableColumnConstraints(nullable=field.nullable),
             )
             for field in SCHEMAS[asset]
         ]
+    )
+
+
+def column_lineage(asset: str) -> dg.TableColumnLineage:
+    """What each derived column is computed from, as Dagster keeps it."""
+    return dg.TableColumnLineage(
+        {
+            column: [
+                dg.TableColumnDep(asset_key=dg.AssetKey(table), column_name=name)
+                for table, name in expanded(made_from)
+            ]
+            for column, made_from in sources(asset).items()
+        }
     )
 
 
@@ -59,6 +80,7 @@ def table_result(
         data_version=dg.DataVersion(content_version(table)),
         metadata={
             "dagster/row_count": len(frame),
+            "dagster/column_lineage": column_lineage(asset),
             "preview": dg.MetadataValue.md(markdown_table(frame.head(_PREVIEW_ROWS))),
             **(metadata or {}),
         },
@@ -143,6 +165,7 @@ def checkpoint_result(
                 files,
                 determinants=determinants,
                 facts={**facts, "run_id": context.run_id},
+                provenance=provenance_of_step(),
             )
             store.remove_work(work)
             context.log.info(f"published {asset} version {path.name}")
@@ -163,6 +186,7 @@ def checkpoint_result(
             "megabytes": round(size / 1e6, 1),
             "published_at": manifest["published_at"],
             "determinants": dg.MetadataValue.json(manifest["determinants"]),
+            **lineage_metadata(trace(store, asset, partition, path.name)),
             **describe(manifest["facts"]),
         },
     )

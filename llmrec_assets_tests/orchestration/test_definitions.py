@@ -239,7 +239,11 @@ GRAPH = {
     "beyond_accuracy": (
         "evaluation",
         "dataset|recipe",
-        {"prompts", "user_splits", "ratings", "movies", *RECOMMENDATIONS},
+        {
+            *("prompts", "user_splits", "ratings", "movies"),
+            *RECOMMENDATIONS,
+            *(f"{stage}_responses" for stage in STAGES),
+        },
         None,
         "table_io",
         set(),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import pytest
 
+from llmrec_assets.ground.provenance import read_provenance
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.stages import STAGES_OF_TABLE
@@ -333,6 +334,9 @@ def test_stages_that_answer_other_prompts_are_left_out_of_the_table(
         f"{stage}_recommendations" for stage in STAGES
     ]
     assert all("stale" in line for line in left_out)
+    metrics = home.store.current("user_metrics", PARTITION, "tables")
+    made = read_provenance(home.store, "user_metrics", PARTITION, metrics)
+    assert set(made.inputs) == {"baseline_recommendations", "movies", "prompts", "ratings"}
     table = home.store.read_table("metric_table", PARTITION).frame
     assert set(table["stage"]) == set(STAGES_OF_TABLE["baseline_recommendations"])
     assert set(table["prompts_version"]) == {home.current()["prompts"]}

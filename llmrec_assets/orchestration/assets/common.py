@@ -7,13 +7,11 @@ from typing import Any
 
 import dagster as dg
 
+from llmrec_assets.ground.provenance import CODE_VERSION
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.orchestration.results import table_columns
 
 OWNERS = ["team:llmrec"]
-
-#: Raised when the code of a stage changes what it produces. Part of every checkpoint's version.
-CODE_VERSION = "3"
 
 
 #: Dagster looks at the newest materialization of any partition: these say that ratings have stopped

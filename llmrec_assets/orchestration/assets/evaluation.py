@@ -26,6 +26,7 @@ from llmrec_assets.ground.score_checks import score_problems
 from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
+    RESPONSE_TABLES,
     StageTables,
     answers_behind,
     current_stages,
@@ -42,6 +43,7 @@ from llmrec_assets.orchestration.assets.common import (
 )
 from llmrec_assets.orchestration.config import ForceConfig, RunConfig
 from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_partitions
+from llmrec_assets.orchestration.provenance import note_inputs
 from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
@@ -99,6 +101,7 @@ def user_metrics(
 ) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
     stages = _current_stages(context, storage, prompts)
+    note_inputs(context, stages.versions)
     for line in stages.left_out:
         context.log.warning(line)
     recipe = recipe_of(context)
@@ -171,7 +174,7 @@ def group_metrics(
 @dg.asset(
     **table_options("beyond_accuracy", GROUP),
     partitions_def=run_partitions,
-    deps=RECOMMENDATION_TABLES,
+    deps=[*RECOMMENDATION_TABLES, *RESPONSE_TABLES],
 )
 def beyond_accuracy(
     context: dg.AssetExecutionContext,
@@ -183,14 +186,16 @@ def beyond_accuracy(
 ) -> TableResult:
     """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
-    lists = _current_stages(context, storage, prompts).recommendations
+    stages = _current_stages(context, storage, prompts)
+    answers, versions = answers_behind(store, partition, stages.recommendations)
+    note_inputs(context, {**stages.versions, **versions})
     frame = beyond.beyond_accuracy(
-        lists,
+        stages.recommendations,
         prompts.frame,
         ratings,
         user_splits,
         movies,
-        answers_behind(store, partition, lists),
+        answers,
         liked_min=recipe.windows.liked_min,
         protocol=recipe.windows.protocol,
         until=temporal_split_time(ratings, recipe.windows),
@@ -254,6 +259,7 @@ def sample_recommendations(
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
     stages = _current_stages(context, storage, prompts)
+    note_inputs(context, stages.versions)
     frame = recommendations.sample_recommendations(
         prompts.frame,
         interaction_windows,

@@ -15,6 +15,7 @@ from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_option
 from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
+from llmrec_assets.orchestration.provenance import keep_provenance
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
@@ -61,7 +62,8 @@ def sampled_responses(
         if published is not None:
             context.log.info("these samples are already published: reused")
             store.remove_work(work)
-            yield table_result("sampled_responses", published, {"reused": True})
+            keep_provenance(context, store, published.version)
+            yield table_result("sampled_responses", published.frame, {"reused": True})
             return
         from llmrec_assets.models.sampled import sample_responses
 
@@ -83,13 +85,13 @@ def sampled_responses(
         store.remove_work(work)
 
 
-def _published(store: Store, partition: str, version: str) -> pd.DataFrame | None:
+def _published(store: Store, partition: str, version: str) -> StoredTable | None:
     """The current samples where they are those of ``version``; a damaged table is none."""
     try:
-        frame = store.read_table("sampled_responses", partition).frame
+        table = store.read_table("sampled_responses", partition)
     except StoreError:
         return None
-    return frame if set(frame["sampling_version"]) == {version} else None
+    return table if set(table.frame["sampling_version"]) == {version} else None
 
 
 @dg.asset(
