@@ -150,9 +150,12 @@ def _promotions(dataset: str) -> Any:
 def _recommend(options: argparse.Namespace) -> int:
     import json
     import logging
+    import warnings
 
     from llmrec_assets.recommend import recommend
 
+    # What the libraries tell their programmers is not for whoever asks for films.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llmrec").setLevel(logging.INFO)
     users = None if options.user is None else [options.user]
@@ -167,6 +170,10 @@ def _recommend(options: argparse.Namespace) -> int:
         found.frame.to_csv(sys.stdout, index=False)
     else:
         shown = found.frame.assign(score=found.frame["score"].map("{:.2f}".format))
+        for name in ("title", "reason"):  # pandas would push text to the right
+            width = int(shown[name].str.len().max())
+            shown[name] = shown[name].str.ljust(width)
+            shown = shown.rename(columns={name: name.ljust(width)})
         print(f"{options.dataset}{_label(options.dataset)}")
         print(shown.to_string(index=False))
     for name, meaning in notes.items():
