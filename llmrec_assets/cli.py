@@ -152,38 +152,32 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _promote(options: argparse.Namespace) -> int:
     _initialise_dagster_home()
+    from llmrec_assets.ground.promotion import recorded
     from llmrec_assets.runs import promote
 
-    before = len(_promotions(options.dataset))
-    promote(
+    run_id = promote(
         options.dataset,
         challenger=options.recipe,
         stage=options.stage,
         roll_back_to=options.roll_back_to,
         force=options.force,
     )
-    past = _promotions(options.dataset)
-    last = past.iloc[-1]
-    if len(past) == before:
-        print(f"nothing new to decide; champion of {options.dataset}: {last['in_force']}")
-    else:
-        print(f"{last['decision']}: {last['reason']}")
-        print(f"champion of {options.dataset}: {last['in_force']}")
+    last = recorded(_store(), options.dataset).iloc[-1]
+    told = f"{last['decision']}: {last['reason']}"
+    print(told if last["run_id"] == run_id else "nothing new to decide")
+    print(f"champion of {options.dataset}: {last['in_force']}")
     return 0
-
-
-def _promotions(dataset: str) -> Any:
-    from llmrec_assets.ground.promotion import recorded
-
-    return recorded(_store(), dataset)
 
 
 def _recommend(options: argparse.Namespace) -> int:
     import json
     import logging
+    import warnings
 
     from llmrec_assets.recommend import recommend
 
+    # What the libraries tell their programmers is not for whoever asks for films.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llmrec").setLevel(logging.INFO)
     users = None if options.user is None else [options.user]
@@ -198,6 +192,10 @@ def _recommend(options: argparse.Namespace) -> int:
         found.frame.to_csv(sys.stdout, index=False)
     else:
         shown = found.frame.assign(score=found.frame["score"].map("{:.2f}".format))
+        for name in ("title", "reason"):  # pandas would push text to the right
+            width = max(map(len, [name, *shown[name]]))
+            shown[name] = shown[name].str.ljust(width)
+            shown = shown.rename(columns={name: name.ljust(width)})
         print(f"{options.dataset}{_label(options.dataset)}")
         print(shown.to_string(index=False))
     for name, meaning in notes.items():

@@ -28,8 +28,8 @@ _LOG = logging.getLogger("llmrec")
 
 #: What a score is, by decoding.
 _SCORES = {
-    "ranked": "natural logarithm of the probability that the champion names this title next, given "
-    "the user's history; higher is better, and only comparable within one user",
+    "ranked": "natural logarithm of the probability that the champion names this title first, "
+    "given the user's history; higher is better; comparable within one user only",
     "constrained": "none: the list is drawn, not scored",
     "free": "none: the list is written, not scored",
 }

@@ -61,7 +61,7 @@ def model_card(directory: Path, served: Served, promotion: Promotion) -> str:
     """The model card, Markdown under the hub's metadata."""
     has_adapter = (directory / ADAPTER).is_dir()
     k = promotion.k
-    against = "It was the first champion: there was nothing to compare it with."
+    against = "There was no champion to compare it with: only the checks decided."
     if promotion.difference is not None:
         against = (
             f"Against the champion before it ({promotion.champion_recipe}, "
@@ -98,7 +98,7 @@ def model_card(directory: Path, served: Served, promotion: Promotion) -> str:
         "",
         "## Figures",
         "",
-        f"Validation users ({promotion.n_users}), which decided: NDCG@{k} "
+        f"Validation users ({promotion.n_users}): NDCG@{k} "
         f"{_percent(promotion.ndcg_challenger)}. {against}",
         "",
         f"Test users, which decided nothing: {test}.",

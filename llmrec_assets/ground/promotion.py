@@ -164,7 +164,8 @@ def judged(
         return replace(
             promotion,
             decision="first" if gone is None else "promoted",
-            reason=f"{why} to compare with; every blocking check holds",
+            reason=f"{why} to compare with; every blocking check holds; NDCG@{promotion.k} is "
+            f"{100 * challenger.mean():.2f} % on {len(challenger)} validation users",
             in_force=promotion.challenger,
             loser=gone,
         )

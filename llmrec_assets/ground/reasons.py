@@ -54,7 +54,7 @@ class Reasons:
         liked = history.loc[history["rating"] >= self._liked_min, "movie_id"]
         known = list(dict.fromkeys(self._film_of[i] for i in liked.tolist() if i in self._film_of))
         if not known:
-            return "no film in the history was liked, so there is nothing to compare it with"
+            return "no film in the history was liked, so there is none to compare this with"
         own = {asking}
         theirs = self._admirers.get(film, set()) - own
         closeness = {}
@@ -67,14 +67,14 @@ class Reasons:
         _, both, of = closeness[best]
         if both:
             return (
-                f"{both:,} of the {of:,} other users who liked {self._title_of[best]}, as this "
-                "user did, liked it too"
+                f"liked {self._title_of[best]}: so did {of:,} other{'s' * (of > 1)}, of whom "
+                f"{both:,} liked this too"
             )
         best = max(known, key=lambda other: self._overlap(film, other))
         shared = [name for name in self._genres_of[film] if name in self._genres_of[best]]
         if shared:
-            return f"shares {_and(shared)} with {self._title_of[best]}, which this user liked"
-        return "nothing in the history is like it, by who liked it or by genre"
+            return f"liked {self._title_of[best]}: this is {_and(shared)} too"
+        return "no liked film in the history is like this, by who liked both or by genre"
 
     def _overlap(self, film: int, other: int) -> float:
         ours, theirs = set(self._genres_of[film]), set(self._genres_of[other])
