@@ -11,6 +11,7 @@ checkpoint is named with the way to make it again, and left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -181,7 +182,7 @@ def _litter(store: Store, root: Path, repair: bool) -> list[Finding]:
             else:
                 yield Finding("leftovers", "problem", what, "`llmrec health --repair` removes it")
 
-    with store_lock(store.root, "publish"):
+    with store_lock(store.root, "publish") if repair else contextlib.nullcontext():
         return _summary("leftovers", look(), "no temporary files of killed publications")
 
 

@@ -222,8 +222,8 @@ def _accepted_ratings(
 ) -> pd.DataFrame:
     if path.name.split("-")[0] != sha256_file(path)[:16]:
         raise DataError(
-            f"{path} was changed after it was accepted. Restore it, or move it back to "
-            f"incoming/{dataset} to have it checked again."
+            f"{path} is not what was accepted under this name: it was changed, or put there by "
+            f"hand. Restore it, or move it to incoming/{dataset} to have it checked."
         )
     try:
         return _rating_file(path, dataset, users, movies)

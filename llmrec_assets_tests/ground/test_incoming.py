@@ -191,7 +191,7 @@ def test_an_accepted_file_that_was_changed_is_refused_by_name(place: Path) -> No
     (name,) = take(place).accepted
     with (place / "accepted" / name).open("a") as file:
         file.write(f"1,20,5,{T}\n")
-    with pytest.raises(DataError, match=f"{name} was changed after it was accepted"):
+    with pytest.raises(DataError, match=f"{name} is not what was accepted under this name"):
         take(place)
 
 

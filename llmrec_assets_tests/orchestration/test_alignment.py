@@ -237,6 +237,7 @@ BEGUN = {
 }
 
 
+@pytest.mark.timeout(1500)  # five kills and reruns, however busy the machine
 def test_kills_in_all_five_stages_change_no_result(
     finished: FinishedRun, new_home: Callable[..., Home]
 ) -> None:

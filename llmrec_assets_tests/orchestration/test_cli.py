@@ -68,8 +68,8 @@ def test_two_first_users_train_once_and_both_see_the_table(
     for output in outputs:
         table = output[output.index("sample | tiny") :]
         assert "synthetic data" in table.splitlines()[0]
-        assert [line.split()[0] for line in table.splitlines()[2:27]] == [
-            *(stage for stage in ("base", "sft", "dpo", "rlhf") for _decoding in range(3)),
+        assert [line.split()[0] for line in table.splitlines()[2:31]] == [
+            *(stage for stage in ("base", "sft", "dpo", "rlhf") for _decoding in range(4)),
             *("als", "als", "ease", "ease", "itemknn", "itemknn"),
             *("itemknn-causal", "itemknn-causal", "popularity", "popularity"),
             *("popularity-causal", "sasrec", "sasrec"),
@@ -235,7 +235,7 @@ def test_first_users_of_an_empty_home_may_initialise_it_at_once(
     new_home: Callable[..., Home],
 ) -> None:
     home = new_home()
-    processes = [home.start(*LLMREC, "init") for _ in range(3)]
+    processes = [home.start(*LLMREC, "init") for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0, 0, 0], (
         home.root / "output.log"
     ).read_text()

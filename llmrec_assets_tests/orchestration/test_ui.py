@@ -291,10 +291,10 @@ def test_the_metric_table_is_shown_with_its_materialization(clicked: Materialize
     (shown,) = answer["assetMaterializations"]
     assert (shown["runId"], shown["partition"]) == (clicked.run_id, "sample|tiny")
     entries = {entry["label"]: entry for entry in shown["metadataEntries"]}
-    assert entries["dagster/row_count"]["intValue"] == 25
+    assert entries["dagster/row_count"]["intValue"] == 29
     table = entries["table"]["mdStr"].splitlines()
     assert [row.split("|")[1].strip() for row in table[2:]] == [
-        *(stage for stage in ("base", "sft", "dpo", "rlhf") for _decoding in range(3)),
+        *(stage for stage in ("base", "sft", "dpo", "rlhf") for _decoding in range(4)),
         *("als", "als", "ease", "ease", "itemknn", "itemknn"),
         *("itemknn-causal", "itemknn-causal", "popularity", "popularity"),
         *("popularity-causal", "sasrec", "sasrec"),
