@@ -81,6 +81,16 @@ def recorded(store: Store, lineage: Lineage) -> Recorded:
             f"{root.asset} {root.version} rests on {len(sources)} recorded sets of rating files, "
             "expected one: no single run makes it again"
         )
+    for node in nodes:
+        if node.asset != "incoming_ratings":
+            continue
+        arrived = len(store.read_table(*node.key).frame)
+        if arrived:
+            raise StoreError(
+                f"{root.asset} {root.version} rests on {arrived} ratings that arrived as files "
+                f"({node.asset} {node.version}), which a home of its own does not have: run the "
+                "recorded recipe in this home with the files that were accepted then"
+            )
     made = [node.provenance for node in nodes if node.provenance is not None]
     machines = [one.machine or {} for one in made]
     seed = _one("seeds", {one.seed for one in made}, root)

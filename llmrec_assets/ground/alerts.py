@@ -4,7 +4,7 @@ What belongs here: where alerts go, by the environment, and one HTTP POST. What 
 is something to tell, and e-mail, which Dagster sends (``orchestration.alerts``).
 
 A webhook's URL is a secret: whoever knows it can post. It is in no message, log or error of this
-module; nor is any other secret of the environment in what is posted.
+module; nor is it, the e-mail password or the hub's token in what is posted.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def post(url: str, alert: Mapping[str, object]) -> str | None:
 
 
 def without_secrets(text: str) -> str:
-    """The text with every secret of the environment blotted out."""
+    """The text with the webhook's URL, the e-mail password and the hub's tokens blotted out."""
     for name in _SECRETS:
         secret = os.environ.get(name, "").strip()
         if secret:

@@ -36,6 +36,8 @@ from llmrec_assets.ground.warehouse import WAREHOUSE, publish_warehouse, view_st
 #: A publication takes seconds: a temporary file that is older was left by a kill.
 _LITTER_AGE_S = 3600
 _LOW_SPACE = 2**30
+#: A table that is a record, not a result.
+_RECORD = "promotions"
 
 State = Literal["ok", "note", "problem", "mended"]
 
@@ -89,13 +91,15 @@ def _pointers(root: Path) -> list[Finding]:
             try:
                 version = str(json.loads(path.read_text())["version"])
             except (OSError, ValueError, KeyError, TypeError):
-                remedy = f"remove {where}/{CURRENT} and materialize {asset} again"
+                remedy = _remedy(asset)
+                if asset != _RECORD:
+                    remedy = f"remove {where}/{CURRENT} and {remedy}"
                 yield Finding("pointers", "problem", f"{where}/{CURRENT} is damaged", remedy)
                 continue
             name = f"{version}.parquet" if where.parts[0] == "tables" else version
             if not (path.parent / name).exists():
                 what = f"{where}: the version in force, {version}, is gone"
-                yield Finding("pointers", "problem", what, f"materialize {asset} again")
+                yield Finding("pointers", "problem", what, _remedy(asset))
 
     return _summary("pointers", look(), f"{len(pointers)} name a version that is there")
 
@@ -132,8 +136,16 @@ def _checkpoints(versions: Sequence[Version]) -> list[Finding]:
 def _damaged(check: str, version: Version, problem: str) -> Finding:
     what = f"{version.asset} {version.partition} {version.name}: {problem}"
     if version.is_current:
-        return Finding(check, "problem", what, f"materialize {version.asset} again")
+        return Finding(check, "problem", what, _remedy(version.asset))
     return Finding(check, "problem", f"{what} (not in force)", f"remove {version.path}")
+
+
+def _remedy(asset: str) -> str:
+    if asset == _RECORD:
+        return f"it cannot be made again: name an older version that lies there in its {CURRENT}"
+    if asset == "champion":
+        return "`llmrec promote --force` with a recipe"
+    return f"materialize {asset} again"
 
 
 def _views(store: Store, root: Path, repair: bool) -> list[Finding]:

@@ -152,10 +152,19 @@ def fingerprint(names: Sequence[str]) -> str:
 
 def kept_name(path: Path) -> str:
     """The name a file is kept under: content hash and name, so that the same file dropped again
-    is the same file, and another one of that name is another."""
-    digest = sha256_file(path)[:16]
+    is the same file, and another one of that name is another. A file that cannot be read has the
+    time of its last write in place of the hash.
+
+    Raises:
+        FileNotFoundError: another process has taken it in.
+    """
     fits = len(os.fsencode(path.name)) <= _LONGEST_NAME
-    return f"{digest}-{path.name}" if fits else digest
+    try:
+        mark = sha256_file(path)[:16]
+    except PermissionError:
+        told = path.stat()
+        mark = f"unreadable-{told.st_ino}-{told.st_mtime_ns}"
+    return f"{mark}-{path.name}" if fits else mark
 
 
 def _waiting(place: Path) -> list[Path]:
@@ -198,12 +207,11 @@ def _accept_or_quarantine(
     path: Path, dataset: str, users: pd.DataFrame, movies: pd.DataFrame
 ) -> str | None:
     """Moves the file; returns why it was quarantined, or None."""
+    name = kept_name(path)
     try:
-        name = kept_name(path)
         _rating_file(path, dataset, users, movies)
     except PermissionError as error:
         reason = f"{path.name} cannot be read ({error.strerror}). Make it readable."
-        name = f"unreadable-{path.name}"
     except DataError as error:
         reason = str(error)
     else:

@@ -44,20 +44,25 @@ RECIPE_PARTS: dict[str, tuple[str, ...]] = {
     "reward_model": ("reward", "evaluation.resamples", "evaluation.confidence"),
     "rlhf_checkpoint": ("rlhf", "grounding", "windows.top_k"),
     **{
-        f"{stage}_responses": ("generation", "evaluation.max_test_users", "windows.top_k")
+        f"{stage}_responses": (
+            *("generation", "evaluation.max_test_users", "windows.top_k"),
+            "baselines.ease",  # proposes where the recipe has candidates
+        )
         for stage in CHECKPOINT_OF_STAGE
     },
     **{f"{stage}_recommendations": ("grounding", "windows.top_k") for stage in CHECKPOINT_OF_STAGE},
     "baseline_recommendations": ("baselines", "windows", "prompts", "evaluation.max_test_users"),
-    "user_metrics": ("windows.protocol", "windows.top_k"),
-    "comparisons": ("evaluation.resamples", "evaluation.confidence"),
-    "group_metrics": ("evaluation",),
-    "beyond_accuracy": ("windows.liked_min", "windows.protocol"),
-    "metric_table": ("evaluation.resamples", "evaluation.confidence", "windows.top_k"),
-    "sample_recommendations": ("windows.liked_min",),
+    "user_metrics": ("windows.protocol", "windows.top_k", "baselines"),
+    "comparisons": ("evaluation.resamples", "evaluation.confidence", "baselines"),
+    "group_metrics": ("evaluation", "windows"),
+    "beyond_accuracy": ("windows", "baselines"),
+    "metric_table": (
+        *("evaluation.resamples", "evaluation.confidence", "windows.top_k", "baselines"),
+    ),
+    "sample_recommendations": ("windows.liked_min", "baselines"),
     "leave_last_out": ("leave_last_out", "evaluation.resamples", "evaluation.confidence"),
     "memorisation": ("probes", "generation", "evaluation.confidence", "seed"),
-    "report": ("base_model.label", "evaluation.confidence"),
+    "report": ("base_model.label", "evaluation.confidence", "baselines"),
 }
 
 #: What identifies a published version: asset, partition, version.

@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,13 +207,14 @@ def recorded(store: Store, dataset: str) -> pd.DataFrame:
     Raises:
         StoreError: the table is damaged. It is a record and cannot be made again.
     """
-    if store.current(TABLE, dataset, kind="tables") is None:
-        return typed(pd.DataFrame(columns=PROMOTIONS.names), PROMOTIONS)
+    directory = Path(str(store.table_path(TABLE, dataset, "any"))).parent
+    # The first record's pointer may be missing because a kill came before it; a later one's not.
+    begun = len(list(directory.glob("[!.]*.parquet"))) > 1
     try:
+        if store.current(TABLE, dataset, kind="tables") is None and not begun:
+            return typed(pd.DataFrame(columns=PROMOTIONS.names), PROMOTIONS)
         return store.read_table(TABLE, dataset).frame
     except StoreError as error:
-        version = str(store.current(TABLE, dataset, kind="tables"))
-        directory = store.table_path(TABLE, dataset, version).parent
         raise StoreError(
             f"the record of promotions of {dataset} cannot be read, and nothing is decided that "
             f"would overwrite it ({error}). An older version of it may lie in {directory}: name "
@@ -297,7 +299,8 @@ def settled(past: pd.DataFrame, promotion: Promotion, margin: float) -> str | No
     by itself.
     """
     same = past[
-        (past["challenger"] == promotion.challenger)
+        # A further attempt at the same policy (`-2`) is the same policy.
+        (past["challenger"].str.split("-").str[0] == promotion.challenger)
         & (past["champion"] == promotion.champion)
         & (past["margin"] == margin)
         & past["decision"].isin(["promoted", "kept"])

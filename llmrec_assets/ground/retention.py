@@ -240,7 +240,7 @@ def _versions(store: Store, kind: str) -> Iterator[Version]:
         places |= {path.parent.parent for path in root.glob(f"**/[!.]*/{MANIFEST}")}
         # A version may hold directories, and a manifest of its own in one of them.
         places = {place for place in places if not (place / MANIFEST).exists()}
-    for place in sorted(places):
+    for place in sorted(places - {root}):
         asset, *keys = place.relative_to(root).parts
         partition = "|".join(keys)
         try:
@@ -253,6 +253,8 @@ def _versions(store: Store, kind: str) -> Iterator[Version]:
                 continue
             if kind == "checkpoints" and not path.is_dir():
                 continue
+            if not _VERSION.fullmatch(name):
+                continue  # somebody's copy, no version of ours
             modified = path.stat().st_mtime
             yield Version(kind, asset, partition, name, path, modified, name == current)
 

@@ -5,6 +5,7 @@ What belongs here: looking, and asking for a run. What does not: what a rating f
 (``orchestration.automation``).
 """
 
+import contextlib
 import datetime as dt
 import hashlib
 from collections.abc import Iterator
@@ -40,11 +41,14 @@ def new_ratings(
     nothing = True
     for dataset in DATASETS:
         place = storage.incoming_directory(dataset)
-        waiting = [incoming.kept_name(path) for path in incoming.settled_files(place)]
+        waiting = []
+        for path in incoming.settled_files(place):
+            with contextlib.suppress(FileNotFoundError):  # a run has just taken it in
+                waiting.append(incoming.kept_name(path))
         accepted = [path.name for path in incoming.accepted_files(place)]
-        if not waiting and incoming.fingerprint(accepted) == _made_of(context.instance, dataset):
-            continue
-        if not waiting and not accepted:
+        made_of = _made_of(context.instance, dataset)
+        never = made_of is None and not accepted
+        if not waiting and (never or made_of == incoming.fingerprint(accepted)):
             continue
         nothing = False
         if _is_running(context.instance, dataset):

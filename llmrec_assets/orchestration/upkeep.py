@@ -79,7 +79,9 @@ def _slots(instance: dg.DagsterInstance, repair: bool) -> list[Finding]:
 
 
 def _device(gpu: GpuResource, repair: bool) -> Iterator[Finding]:
-    holders = sorted(gpu.lock_directory().glob("*.json"))
+    # Whoever holds the device has made both files; another program's JSON has no lock beside it.
+    found = gpu.lock_directory().glob("*.json")
+    holders = sorted(path for path in found if path.with_suffix(".lock").exists())
     for path in holders:
         lock = FileLock(path.with_suffix(".lock"))
         try:

@@ -163,6 +163,17 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
         recorded(store, "sample")
 
 
+def test_a_record_whose_pointer_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    store = Store.at(tmp_path)
+    for promotion in (decide([0.5], before=None), decide([0.1] * 9, [0.5] * 9)):
+        store.publish_table(TABLE, "sample", with_row(recorded(store, "sample"), promotion))
+    pointer = Path(str(store.table_path(TABLE, "sample", "any"))).with_name("current.json")
+    for damage in (lambda: pointer.write_text("{"), pointer.unlink):
+        damage()
+        with pytest.raises(StoreError, match="record of promotions of sample cannot be read"):
+            recorded(store, "sample")
+
+
 def test_what_was_decided_is_found_by_challenger_champion_and_margin() -> None:
     past = with_row(
         with_row(pd.DataFrame(columns=PROMOTIONS.names), decide([0.5], before=None)),
@@ -171,6 +182,8 @@ def test_what_was_decided_is_found_by_challenger_champion_and_margin() -> None:
     asked = opened(NEW, OLD, "another run")
     assert "kept at " in str(settled(past, asked, 0.01))
     assert settled(past, asked, 0.02) is None
+    again = past.assign(challenger=past["challenger"] + "-2")  # published once more, so recorded
+    assert "kept at " in str(settled(again, asked, 0.01))
     other = Side("older", "paper", "sft", "free", None)
     assert settled(past, opened(NEW, other, "another run"), 0.01) is None
     assert settled(past, opened(other, OLD, "another run"), 0.01) is None

@@ -65,6 +65,17 @@ def test_the_newest_of_every_partition_stay(store: Store) -> None:
     assert plan(store, 3).versions == []
 
 
+def test_somebodys_copy_is_no_version(store: Store) -> None:
+    splits = [publish_splits(store, user, days=20 - user) for user in range(3)]
+    kept = Path(str(store.table_path("user_splits", PARTITION, splits[0])))
+    copy = kept.with_name("before.parquet")
+    copy.write_bytes(kept.read_bytes())
+    (kept.parents[len(PARTITION.split("|")) + 1] / "stray.parquet").write_bytes(b"")
+    prune(store, 2)
+    assert names(store, "tables", "user_splits") == set(splits[1:])
+    assert copy.exists()
+
+
 def test_the_version_in_force_stays_though_it_is_the_oldest(store: Store) -> None:
     """Somebody went back to it, or clocks went wrong."""
     splits = [publish_splits(store, user, days=20 - user) for user in range(5)]

@@ -235,7 +235,7 @@ def test_first_users_of_an_empty_home_may_initialise_it_at_once(
     new_home: Callable[..., Home],
 ) -> None:
     home = new_home()
-    processes = [home.start(*LLMREC, "init") for _ in range(4)]
+    processes = [home.start(*LLMREC, "init") for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0], (
         home.root / "output.log"
     ).read_text()

@@ -46,7 +46,7 @@ def test_a_result_is_reproduced_bit_for_bit_from_its_record_alone(
     assert done.returncode == 0, done.stderr[-3000:]
     version = home.current()["metric_table"]
     assert done.stdout.splitlines() == [
-        f"metric_table {version}, made again (seed 1, 1 threads): all 25 rows are equal, "
+        f"metric_table {version}, made again (seed 1, 1 threads): all 29 rows are equal, "
         "bit for bit"
     ]
     assert "published sft_checkpoint" in done.stderr, "trained, not reused"

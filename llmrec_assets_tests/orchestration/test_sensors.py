@@ -118,6 +118,17 @@ def test_a_run_killed_between_accepting_and_publishing_is_asked_for_again(
     assert look(home, instance) == []
 
 
+def test_taking_the_last_file_back_is_asked_for(place: tuple[Home, dg.DagsterInstance]) -> None:
+    home, instance = place
+    path = drop(home, "a.csv", "1,83,1,1900000000\n")
+    run_source(home, instance)
+    (accepted,) = (path.parent / "accepted").iterdir()
+    accepted.unlink()
+    assert len(look(home, instance)) == 1
+    run_source(home, instance)
+    assert look(home, instance) == []
+
+
 def test_a_run_that_ended_before_the_ratings_is_asked_for_again(
     place: tuple[Home, dg.DagsterInstance],
 ) -> None:
