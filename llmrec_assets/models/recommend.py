@@ -55,7 +55,9 @@ def recommend_films(
     """
     served, catalogue = read_served(directory)
     own = served.windows.top_k
-    if k < 1 or (k > own and served.decoding != "ranked"):
+    if k < 1:
+        raise DataError(f"a list of {k} films says nothing: ask for at least 1")
+    if k > own and served.decoding != "ranked":
         raise DataError(
             f"the champion writes lists of {own} (decoding {served.decoding}): ask for 1 to {own}"
         )
@@ -64,7 +66,9 @@ def recommend_films(
     asked = pd.DataFrame({"user_id": list(histories.labels), "window_index": 0})
     asked["cutoff_timestamp"] = asked["user_id"].map(latest)
     prompts = serving_prompts(asked, histories.ratings, histories.users, catalogue, served)
-    length = k if served.decoding == "ranked" else own
+    # The first of several titles, as in training, also where one is wanted: alone, it would be
+    # scored with the list's end behind it.
+    length = max(k, min(own, 2)) if served.decoding == "ranked" else own
     recipe = served.generation_for(length)
     answers = answer_prompts(
         prompts,

@@ -492,9 +492,10 @@ def test_it_recommends_unseen_films_with_scores_and_reasons(first: Home) -> None
             assert any(title in row["reason"] for title in liked)
     assert found.champion == in_force(first) and "logarithm" in found.score
     # the first of a longer list are the shorter list, and alone a user gets the same
-    alone = ask(first, users=[7], k=2).frame
-    assert alone["movie_id"].tolist() == frame["movie_id"].tolist()[:2]
-    assert alone["score"].tolist() == pytest.approx(frame["score"].tolist()[:2], abs=1e-4)
+    for k in (1, 2):
+        alone = ask(first, users=[7], k=k).frame
+        assert alone["movie_id"].tolist() == frame["movie_id"].tolist()[:k]
+        assert alone["score"].tolist() == pytest.approx(frame["score"].tolist()[:k], abs=1e-4)
 
 
 def test_a_history_in_a_file_gets_what_the_same_user_would(first: Home, tmp_path: Path) -> None:
@@ -514,7 +515,7 @@ def test_what_cannot_be_answered_is_said(
         ask(first, users=[9999])
     with pytest.raises(DataError, match=r"has rated all but .* ask for at most"):
         ask(first, users=[7], k=259)
-    with pytest.raises(DataError, match="ask for 1 to 5"):
+    with pytest.raises(DataError, match="ask for at least 1"):
         ask(first, users=[7], k=0)
     with pytest.raises(DataError, match="name either users"):
         ask(first)
