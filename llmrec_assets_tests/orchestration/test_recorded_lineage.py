@@ -180,7 +180,7 @@ def test_a_reused_checkpoint_links_to_the_run_that_trained_it(
 def test_column_lineage_stays_within_what_an_asset_declares_to_read(
     parents: dict[str, set[str]],
 ) -> None:
-    for asset in SCHEMAS:
+    for asset in sorted(set(SCHEMAS) - DECIDED):
         named = {table for made_from in sources(asset).values() for table, _ in expanded(made_from)}
         assert named <= parents[asset], asset
 
