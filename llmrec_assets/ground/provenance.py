@@ -5,8 +5,8 @@ What does not: what code and machine are at work (``surroundings``), which input
 (``orchestration.provenance``), walking from record to record (``lineage``).
 
 The record is no part of any version: two machines that make the same table publish the same
-version. A table that is published again with the same content shows its latest run. Neither host
-names nor paths are recorded.
+version. A table that is published again with the same content shows its latest run. No host name is
+recorded, and a path only where the recipe names its base model by one.
 """
 
 from __future__ import annotations

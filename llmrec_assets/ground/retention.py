@@ -11,8 +11,11 @@ of a table, or in `<version>.json` beside a version.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections import defaultdict
@@ -185,7 +188,7 @@ def unfinished(store: Store) -> list[Work]:
             continue
         asset, *keys = path.parent.relative_to(root).parts
         partition = "|".join(keys)
-        touched = max(p.stat().st_mtime for p in (path, *path.rglob("*")))
+        touched = max((told.st_mtime for told in _stats(path)), default=time.time())
         is_published = (asset, partition, path.name) in names
         found.append(Work(asset, partition, path.name, path, touched, is_published))
     return found
@@ -267,8 +270,14 @@ def _text(path: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(p.stat().st_size for p in files if p.is_file())
+    return sum(told.st_size for told in _stats(path) if stat.S_ISREG(told.st_mode))
+
+
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    """Of the path and all that lies in it. What a running training has just removed is left out."""
+    for one in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            yield one.stat()
 
 
 def _line(kind: str, asset: str, partition: str, name: str, when: float, size: int) -> str:

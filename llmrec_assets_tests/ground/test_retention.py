@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -63,6 +64,24 @@ def test_the_newest_of_every_partition_stay(store: Store) -> None:
     assert names(store, "tables", "user_splits") == {*splits[2:], other}
     assert store.read_table("user_splits", PARTITION).frame["user_id"].tolist() == [4]
     assert plan(store, 3).versions == []
+
+
+def test_a_training_may_remove_files_while_they_are_looked_at(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = store.work_directory("sft_checkpoint", PARTITION, "0" * 16)
+    (work / "gone").write_text("x")
+    (work / "kept").write_text("xyz")
+    stat = Path.stat
+
+    def told(self: Path, **options: bool) -> os.stat_result:
+        if self.name == "gone":
+            raise FileNotFoundError(errno.ENOENT, "gone", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", told)
+    (found,) = unfinished(store)
+    assert (found.size, found.is_stale) == (3, False)
 
 
 def test_somebodys_copy_is_no_version(store: Store) -> None:
