@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     health.add_argument("--repair", action="store_true", help="mend what is safe to mend")
     health.set_defaults(command=_health)
+
     lineage = commands.add_parser(
         "lineage", help="where a metric table comes from, and what of it is stale"
     )
