@@ -20,8 +20,15 @@ from llmrec_assets.ground.recommendations import WINDOW_KEY, evaluated_prompts, 
 from llmrec_assets.ground.recommender import Candidates
 from llmrec_assets.models.constrained import require_films
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
-from llmrec_assets.models.generation import Lists, Response, generate_responses, ranked_responses
+from llmrec_assets.models.generation import (
+    Lists,
+    Response,
+    fitting_batches,
+    generate_responses,
+    ranked_responses,
+)
 from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.trie import catalogue_tries
 
@@ -139,8 +146,7 @@ def answer_prompts(
 
     lists_of = {decoding: lists(decoding) for decoding in recipe.rows if decoding != "free"}
 
-    def answers(decoding: str) -> list[Response]:
-        what = f"{stage} responses, {decoding}"
+    def answers(decoding: str, batches: FittingBatches) -> list[Response]:
         asked = prompts["prompt"].tolist()
         if decoding in ("ranked", HYBRID):
             return ranked_responses(
@@ -150,7 +156,8 @@ def answer_prompts(
                 recipe,
                 lists_of[decoding],
                 exact=decoding == HYBRID,
-                what=what,
+                what=batches.what,
+                batches=batches,
                 progress=progress,
             )
         return generate_responses(
@@ -161,7 +168,8 @@ def answer_prompts(
             seed=seed,
             keys=keys,
             lists=lists_of.get(decoding),
-            what=what,
+            what=batches.what,
+            batches=batches,
             progress=progress,
         )
 
@@ -170,7 +178,8 @@ def answer_prompts(
     costs: dict[str, float] = {}
     for decoding in recipe.rows:
         begun = time.monotonic()
-        responses = answers(decoding)
+        batches = fitting_batches(model, recipe, f"{stage} responses, {decoding}", progress)
+        responses = answers(decoding, batches)
         seconds = time.monotonic() - begun
         frame = prompts[WINDOW_KEY].reset_index(drop=True)
         frame["stage"] = stage
@@ -189,6 +198,7 @@ def answer_prompts(
             f"{decoding}_seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
             f"{decoding}_tokens_per_prompt": round(n_tokens / max(len(frame), 1), 1),
             f"{decoding}_share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
+            **({f"{decoding}_prompts_at_once": batches.size or 0} if batches.halved else {}),
         }
     frame = pd.concat(frames, ignore_index=True)
     return Answers(

@@ -84,7 +84,7 @@ def peak_memory_gb(device: Device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def empty_device(device: Device) -> None:
+def empty_device(device: Device | torch.device) -> None:
     """Frees what the last model left behind."""
     gc.collect()
     if device.type == "cuda":

@@ -9,7 +9,8 @@ scales nothing that is anchored anywhere and the policy may drift as far as it l
 equation 7 of Rafailov et al., with the merged SFT policy as the reference.
 
 Killed at any moment, the next call with the same ``work_dir`` resumes from the last complete
-trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit.
+trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit. Where the
+device runs out of memory, it goes on from there with smaller micro batches (``memory``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -32,11 +34,14 @@ from llmrec_assets.models.device import Device, usable_dtype
 from llmrec_assets.models.fast_layers import last_positions, speed_up
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.pairs import (
+    EqualPairs,
+    SplitPairs,
     TokenizedPair,
     require_fit,
     sequence_lengths,
     split_pairs,
     tokenize_pairs,
+    train_on_pairs,
     trainer_settings,
     training_facts,
 )
@@ -71,7 +76,7 @@ def answer_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tenso
     return -(losses * answers[:, first:]).sum(dim=1)
 
 
-class _PairTrainer(DPOTrainer):
+class _PairTrainer(EqualPairs, DPOTrainer):
     """``DPOTrainer`` on token ids of our own, whose loss projects answer positions only.
 
     TRL would render the chat once more and add its own end of text. Its loss projects the
@@ -93,10 +98,13 @@ class _PairTrainer(DPOTrainer):
         margins = self.beta * (
             (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
         )
-        logged = self._metrics["train" if self.model.training else "eval"]
+        training = self.model.training
+        logged = self._metrics["train" if training else "eval"]
         logged["rewards/margins"].append(margins.mean().item())
         logged["rewards/accuracies"].append((margins > 0).float().mean().item())
         loss = -torch.nn.functional.logsigmoid(margins).mean()
+        if training:
+            loss = self.weighted(loss, inputs)
         return (loss, None) if return_outputs else loss
 
 
@@ -176,22 +184,68 @@ def train_dpo_on_pairs(
     Raises:
         DataError: a pair's user is not in the pair's split, or no pair trains.
         RecipeError: an example does not fit ``recipe.max_length``.
+        OutOfMemoryError: the device cannot hold even one pair.
     """
-    started = time.monotonic()
     split = split_pairs(prompts, pairs)
-    dtype = usable_dtype(device, recipe.dtype)
-    model, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
     train, validation = (
         tokenize_pairs(tokenizer, rows) for rows in (split.train, split.validation)
     )
-    require_fit(sequence_lengths([*train, *validation]), recipe.max_length, "dpo")
-    work_dir.mkdir(parents=True, exist_ok=True)
+    lengths = sequence_lengths([*train, *validation])
+    require_fit(lengths, recipe.max_length, "dpo")
+
+    def attempt(fitting: DpoRecipe) -> tuple[Path, dict[str, Any]]:
+        return _train(
+            base_dir,
+            sft_adapter,
+            split,
+            train,
+            validation,
+            fitting,
+            seed=seed,
+            work_dir=work_dir,
+            device=device,
+            progress=progress,
+        )
+
+    return train_on_pairs(
+        attempt,
+        recipe,
+        section="dpo",
+        what="DPO",
+        longest=max(lengths),
+        work_dir=work_dir,
+        device=device,
+        progress=progress,
+    )
+
+
+def _train(
+    base_dir: Path,
+    sft_adapter: Path,
+    split: SplitPairs,
+    train: list[TokenizedPair],
+    validation: list[TokenizedPair],
+    recipe: DpoRecipe,
+    *,
+    seed: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """One try, with micro batches as ``recipe`` says."""
+    started = time.monotonic()
+    dtype = usable_dtype(device, recipe.dtype)
+    model, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
     resume_from = last_complete_checkpoint(work_dir)
 
     # What a padded position holds is masked everywhere: it may be the end of turn.
     collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id or 0)
     kept = work_dir / "reference.safetensors"
-    if not kept.exists():
+    reference = load_file(kept) if kept.exists() else {}
+    size = torch.tensor(recipe.micro_batch_size)
+    # In batches of the training's own size. What it began with, it goes on with.
+    if not reference or (resume_from is None and reference.get("micro_batch_size", size) != size):
         reference = {
             name: reference_log_probs(
                 model,
@@ -206,10 +260,9 @@ def train_dpo_on_pairs(
                 ("train", train, recipe.micro_batch_size),
                 ("validation", validation, 1),
             )
-        }
+        } | {"micro_batch_size": size}
         save_file(reference, kept.with_suffix(".part"))
         kept.with_suffix(".part").replace(kept)
-    reference = load_file(kept)
 
     config = DPOConfig(
         **trainer_settings(recipe, dtype, seed=seed, work_dir=work_dir, device=device),

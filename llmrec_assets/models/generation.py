@@ -10,9 +10,9 @@ parser re-scores without a GPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,10 +21,13 @@ from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.constrained import CatalogueConstraint, ListGrammar
 from llmrec_assets.models.loading import precision
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
-from llmrec_assets.models.ranked import rank_titles
-from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
+from llmrec_assets.models.ranked import Ranking, rank_titles
+from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens, stream
 from llmrec_assets.models.trie import CatalogueTries
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def generate_responses(
     keys: Sequence[tuple[int, int]] | None = None,
     lists: Lists | None = None,
     what: str = "generation",
+    batches: FittingBatches | None = None,
     progress: Progress = silent,
 ) -> list[Response]:
     """One response per prompt, in the order of ``prompts``.
@@ -76,9 +80,11 @@ def generate_responses(
         keys: (user, window) of each prompt; by default its position.
         lists: constrains every response to a list of distinct open titles, drawn as the recipe
             says but for ``max_new_tokens``: no list is cut. None: free text.
+        batches: how many at once (``fitting_batches``).
 
     Raises:
         ModelError: a prompt has too few open titles; nothing has been generated then.
+        OutOfMemoryError: the device cannot hold even one prompt.
     """
     if keys is None:
         keys = [(position, 0) for position in range(len(prompts))]
@@ -95,13 +101,13 @@ def generate_responses(
     if lists is not None:
         grammar = ListGrammar(lists.tries)
         starts = [grammar.start(*row) for row in zip(lists.names, lists.open_titles, strict=True)]
-    responses: dict[int, Response] = {}
-    for batch in _batches(asked, recipe.batch_size, what, progress):
+
+    def answered(batch: Sequence[int]) -> list[list[Sample]]:
         constraint = None
         if lists is not None:
             constraint = CatalogueConstraint(grammar, [starts[i] for i in batch])
         with precision(model):
-            answers = sample_tokens(
+            return sample_tokens(
                 model,
                 [asked[i] for i in batch],
                 [streams[i] for i in batch],
@@ -110,6 +116,10 @@ def generate_responses(
                 pad=tokenizer.pad_token_id,
                 constraint=constraint,
             )
+
+    responses: dict[int, Response] = {}
+    batches = batches or fitting_batches(model, recipe, what, progress)
+    for batch, answers in _batches(asked, batches, answered, what, progress):
         for index, (answer,) in zip(batch, answers, strict=True):
             responses[index] = Response(
                 text=tokenizer.decode(answer.tokens, skip_special_tokens=True),
@@ -129,24 +139,27 @@ def ranked_responses(
     *,
     exact: bool = False,
     what: str = "ranking",
+    batches: FittingBatches | None = None,
     progress: Progress = silent,
 ) -> list[Response]:
     """Per prompt its k most probable open titles, written as an answer would be.
 
     Args:
         exact: a beam for every open title, for where few are; else the recipe's ``beams``.
+        batches: how many at once (``fitting_batches``).
 
     Raises:
         ModelError: a prompt has too few open titles.
+        OutOfMemoryError: the device cannot hold even one prompt.
     """
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    responses: dict[int, Response] = {}
-    for batch in _batches(asked, recipe.batch_size, what, progress):
+
+    def ranked(batch: Sequence[int]) -> list[Ranking]:
         beams = recipe.beams
         if exact:
             beams = max(lists.tries.k, *(int(lists.open_titles[i].sum()) for i in batch))
         with precision(model):
-            rankings = rank_titles(
+            return rank_titles(
                 model,
                 [asked[i] for i in batch],
                 [lists.names[i] for i in batch],
@@ -155,6 +168,10 @@ def ranked_responses(
                 beams=beams,
                 pad=tokenizer.pad_token_id,
             )
+
+    responses: dict[int, Response] = {}
+    batches = batches or fitting_batches(model, recipe, what, progress)
+    for batch, rankings in _batches(asked, batches, ranked, what, progress):
         for index, ranking in zip(batch, rankings, strict=True):
             responses[index] = Response(
                 text=render_completion([lists.tries.titles[title] for title in ranking.titles]),
@@ -166,16 +183,36 @@ def ranked_responses(
     return [responses[i] for i in range(len(prompts))]
 
 
+def fitting_batches(
+    model: Any, recipe: GenerationRecipe, what: str, progress: Progress = silent
+) -> FittingBatches:
+    """The recipe's ``batch_size`` prompts at once, or as many as fit on the model's device."""
+    return FittingBatches(
+        what=what,
+        item="prompt",
+        size=recipe.batch_size,
+        device=model.device,
+        remedy="a smaller generation.max_new_tokens or generation.beams; a shorter "
+        "prompts.template",
+        progress=progress,
+    )
+
+
 def _batches(
-    asked: Sequence[Sequence[int]], size: int, what: str, progress: Progress
-) -> Iterator[list[int]]:
-    """Positions of prompts of similar length; progress is told after each batch."""
+    asked: Sequence[Sequence[int]],
+    batches: FittingBatches,
+    run: Callable[[Sequence[int]], Found],
+    what: str,
+    progress: Progress,
+) -> Iterator[tuple[Sequence[int], Found]]:
+    """(positions of prompts of similar length, what ``run`` makes of them); progress is told after
+    each batch."""
     order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
     started = time.monotonic()
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        yield batch
-        done = start + len(batch)
+    done = 0
+    for batch, found in batches.map(order, run):
+        yield batch, found
+        done += len(batch)
         per_second = done / (time.monotonic() - started)
         progress(
             ProgressEvent(

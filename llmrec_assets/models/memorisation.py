@@ -18,8 +18,9 @@ from llmrec_assets.ground.memorisation import Question
 from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy, precision
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
-from llmrec_assets.models.sampling import Decoding, sample_tokens
+from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens
 
 #: Tokens that a continuation may take more than the longest true answer of its batch: another
 #: spelling of a title may be longer.
@@ -55,13 +56,11 @@ def continue_rows(
         len(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
         for question in questions
     ]
-    order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
-    texts: dict[int, str] = {}
-    for start in range(0, len(order), recipe.batch_size):
-        batch = order[start : start + recipe.batch_size]
+
+    def continued(batch: Sequence[int]) -> list[list[Sample]]:
         decoding = Decoding(max(lengths[i] for i in batch) + _ROOM, do_sample=False)
         with precision(model):
-            answers = sample_tokens(
+            return sample_tokens(
                 model,
                 [asked[i] for i in batch],
                 [[0] for _ in batch],  # greedy reads no noise
@@ -69,6 +68,18 @@ def continue_rows(
                 stops=stops,
                 pad=tokenizer.pad_token_id,
             )
+
+    batches = FittingBatches(
+        what="memorisation",
+        item="prompt",
+        size=recipe.batch_size,
+        device=device.torch,
+        remedy="a smaller probes.context_rows",
+        progress=progress,
+    )
+    order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
+    texts: dict[int, str] = {}
+    for batch, answers in batches.map(order, continued):
         for index, (answer,) in zip(batch, answers, strict=True):
             texts[index] = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         per_second = len(texts) / (time.monotonic() - started)

@@ -7,10 +7,10 @@ What does not: a loss (``dpo``, ``reward``), how pairs are made (``ground``).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -19,7 +19,9 @@ from llmrec_assets.ground.errors import DataError, RecipeError
 from llmrec_assets.ground.recipes import PairTrainingRecipe
 from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb
-from llmrec_assets.models.training import library_versions
+from llmrec_assets.models.memory import train_in_fitting_batches
+from llmrec_assets.models.progress import Progress
+from llmrec_assets.models.training import library_versions, steps_kept
 
 #: One pair: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
 TokenizedPair = dict[str, list[int]]
@@ -104,6 +106,68 @@ def require_fit(lengths: Sequence[int], max_length: int, section: str) -> None:
             f"{section}.max_length is {max_length}, but the longest example has {longest} tokens: "
             f"set it to at least {longest}, or use a shorter prompt template"
         )
+
+
+class EqualPairs:
+    """For a trainer whose loss is a mean over pairs: every pair of an optimizer step counts the
+    same.
+
+    The trainer weighs micro batches alike, also an epoch's last one, which may be shorter than
+    the others of its step: the loss would depend on the micro batch size.
+    """
+
+    _pairs_each = 0.0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, n_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if batches:
+            self._pairs_each = sum(len(b["input_ids"]) for b in batches) / len(batches)
+        return batches, n_items
+
+    def weighted(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A micro batch's mean loss by its share of the step's pairs; 1 where all are alike."""
+        pairs = len(inputs["input_ids"])
+        return loss if pairs == self._pairs_each else loss * (pairs / self._pairs_each)
+
+
+PairRecipe = TypeVar("PairRecipe", bound=PairTrainingRecipe)
+
+
+def train_on_pairs(
+    train: Callable[[PairRecipe], tuple[Path, dict[str, Any]]],
+    recipe: PairRecipe,
+    *,
+    section: str,
+    what: str,
+    longest: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """``train`` with the micro batch size that fits (``memory``); adapter directory and facts.
+
+    Args:
+        train: one try, with micro batches as its recipe says.
+        section: the recipe's.
+        longest: tokens of the longest example.
+    """
+
+    def attempt(size: int) -> tuple[Path, dict[str, Any]]:
+        return train(recipe.model_copy(update={"micro_batch_size": size}))
+
+    (adapter_dir, facts), memory = train_in_fitting_batches(
+        attempt,
+        what=what,
+        micro_batch_size=recipe.micro_batch_size,
+        batch_size=recipe.batch_size,
+        work_dir=work_dir,
+        stands_at=lambda: steps_kept(work_dir),
+        device=device,
+        remedy=f"{section}.gradient_checkpointing: true; a shorter prompts.template and a smaller "
+        f"{section}.max_length (the longest example has {longest} tokens)",
+        progress=progress,
+    )
+    return adapter_dir, {**facts, **memory}
 
 
 def trainer_settings(

@@ -12,7 +12,8 @@ there.
 Killed at any moment, the next call with the same ``work_dir`` goes on from the last finished
 batch; on CPU in fp32 the result equals an undisturbed run's bit for bit. Nothing is drawn from a
 global generator once the adapters exist: prompts, sampling noise and the order of minibatches are
-functions of the seed and of the batch's number.
+functions of the seed and of the batch's number. Where the device runs out of memory, it goes on
+from the last finished batch with smaller micro batches (``memory``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llmrec_assets.ground.errors import DataError, ModelError
 from llmrec_assets.ground.recipes import RlhfRecipe
@@ -38,6 +40,7 @@ from llmrec_assets.models import ppo_losses as losses
 from llmrec_assets.models.chat import completion_ids, prompt_ids, stop_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.memory import FittingBatches, train_in_fitting_batches
 from llmrec_assets.models.ppo_model import PpoModel, TokenBatch, token_batch
 from llmrec_assets.models.ppo_rewards import (
     Episode,
@@ -48,7 +51,7 @@ from llmrec_assets.models.ppo_rewards import (
     Scorer,
 )
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
-from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
+from llmrec_assets.models.sampling import Decoding, sample_rows, stream
 from llmrec_assets.models.training import library_versions, save_adapter
 
 #: Checkpoints kept: the newest, and one more should a disk lose the newest's content.
@@ -60,11 +63,13 @@ class Rollout:
     """A batch of episodes, shortest first, and what the policy that sampled them makes of them.
 
     Tensors are [batch_size, T]. ``parts`` are its micro batches: the same ones, padding included,
-    measure ``old_log_p`` and take the steps, so that the first ratio is 1 in any dtype.
+    measure ``old_log_p`` and take the steps, so that the first ratio is 1 in any dtype. ``groups``:
+    which of them make up each of the recipe's micro batches, from which minibatches are drawn.
     """
 
     episodes: list[Episode]
     parts: list[tuple[slice, TokenBatch]]
+    groups: list[list[int]]
     mask: torch.Tensor
     old_log_p: torch.Tensor
     old_values: torch.Tensor
@@ -115,8 +120,12 @@ def sample_episodes(
     stops: list[int],
     seed: int,
     batch: int,
+    rows: FittingBatches,
 ) -> list[Episode]:
-    """``samples_per_prompt`` responses of the present policy to each prompt, shortest first."""
+    """``samples_per_prompt`` responses of the present policy to each prompt, shortest first.
+
+    ``rows``: how many are sampled at once.
+    """
     n = recipe.samples_per_prompt
     streams = [
         # Numbered through the batch: a prompt may stand in it twice.
@@ -131,13 +140,14 @@ def sample_episodes(
         do_sample=True,
     )
     with model.sampling() as policy:
-        sampled = sample_tokens(
+        sampled = sample_rows(
             policy,
             [p.tokens for p in prompts],
             streams,
             decoding,
             stops=stops,
             pad=tokenizer.pad_token_id,
+            rows=rows,
         )
     episodes = [
         Episode(
@@ -160,19 +170,27 @@ def roll_out(
     recipe: RlhfRecipe,
     *,
     first: bool,
+    at_once: int | None = None,
 ) -> tuple[Rollout, dict[str, float]]:
     """Measures the episodes under policy, reference and value; returns also the batch's curves.
+
+    ``at_once``: episodes of a forward pass, where the recipe's micro batches do not fit.
 
     ``first`` sets the value head's bias to the mean reward to go: where all earn the same there is
     then nothing to learn, and nothing for whitening to blow up.
     """
     width = max(len(e.response) for e in episodes)
-    parts = []
+    parts: list[tuple[slice, TokenBatch]] = []
+    groups = []
     for start in range(0, len(episodes), recipe.micro_batch_size):
-        rows = slice(start, start + recipe.micro_batch_size)
-        asked = [e.prompt.tokens for e in episodes[rows]]
-        answered = [e.response for e in episodes[rows]]
-        parts.append((rows, token_batch(asked, answered, width, model.device)))
+        end = min(start + recipe.micro_batch_size, len(episodes))
+        step = at_once or recipe.micro_batch_size
+        rows_of_group = [slice(i, min(i + step, end)) for i in range(start, end, step)]
+        groups.append(list(range(len(parts), len(parts) + len(rows_of_group))))
+        for rows in rows_of_group:
+            asked = [e.prompt.tokens for e in episodes[rows]]
+            answered = [e.response for e in episodes[rows]]
+            parts.append((rows, token_batch(asked, answered, width, model.device)))
     mask = torch.cat([part.mask for _, part in parts])
     measured = [model.log_probs_and_entropies(part) for _, part in parts]
     log_p = torch.cat([log_p for log_p, _ in measured])
@@ -199,6 +217,7 @@ def roll_out(
     rollout = Rollout(
         episodes=episodes,
         parts=parts,
+        groups=groups,
         mask=mask,
         old_log_p=log_p,
         old_values=values,
@@ -257,15 +276,18 @@ def take_steps(
 ) -> tuple[int, dict[str, float]]:
     """The epochs on one batch; returns the steps taken and the batch's curves.
 
-    A minibatch is drawn from whole micro batches. Once the policy is ``kl_target`` away from the
-    one that sampled, no further step is taken on what the latter said.
+    A minibatch is drawn from the recipe's micro batches, whole. Once the policy is ``kl_target``
+    away from the one that sampled, no further step is taken on what the latter said.
     """
     measured: list[dict[str, float]] = []
     for _ in range(recipe.epochs_per_batch):
-        order = rng.permutation(len(rollout.parts)).tolist()
+        order = rng.permutation(len(rollout.groups)).tolist()
         size = len(order) // recipe.minibatches
         for start in range(0, len(order), size):
-            found = accumulate_gradients(model, rollout, order[start : start + size], recipe)
+            parts = [
+                part for group in order[start : start + size] for part in rollout.groups[group]
+            ]
+            found = accumulate_gradients(model, rollout, parts, recipe)
             if found["approx_kl"] > recipe.kl_target:
                 optimizer.zero_grad()
                 return len(measured), _summary(measured) | {"approx_kl": found["approx_kl"]}
@@ -319,6 +341,7 @@ def train_ppo(
     Raises:
         DataError: there is no training prompt.
         ValueError: what the recipe's reward needs is not given.
+        OutOfMemoryError: the device cannot hold even one episode.
     """
     train = prompts[prompts["split"] == "train"].sort_values(["user_id", "window_index"])
     if train.empty:
@@ -327,14 +350,62 @@ def train_ppo(
             "split, and users of other splits are never trained on; raise splits.train or lower "
             "windows.min_per_class in the recipe"
         )
-    started = time.monotonic()
-    dtype = usable_dtype(device, recipe.dtype)
-    base, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
     columns = [train[name].tolist() for name in ("user_id", "window_index", "prompt")]
     asked = [
         Prompt(user_id, window_index, prompt_ids(tokenizer, prompt))
         for user_id, window_index, prompt in zip(*columns, strict=True)
     ]
+    longest = max(len(p.tokens) for p in asked)
+
+    def attempt(at_once: int) -> tuple[Path, dict[str, Any]]:
+        return _train(
+            base_dir,
+            sft_adapter,
+            asked,
+            recipe,
+            at_once=at_once,
+            reward_dir=reward_dir,
+            scorer=scorer,
+            seed=seed,
+            work_dir=work_dir,
+            device=device,
+            progress=progress,
+        )
+
+    (adapter_dir, facts), memory = train_in_fitting_batches(
+        attempt,
+        what="PPO",
+        micro_batch_size=recipe.micro_batch_size,
+        batch_size=recipe.micro_batch_size,  # whose parts they are
+        work_dir=work_dir,
+        stands_at=lambda: _batches_kept(work_dir),
+        device=device,
+        remedy="rlhf.gradient_checkpointing: true; a smaller rlhf.max_new_tokens; a shorter "
+        f"prompts.template (the longest prompt has {longest} tokens)",
+        progress=progress,
+    )
+    return adapter_dir, {**facts, **memory}
+
+
+def _train(
+    base_dir: Path,
+    sft_adapter: Path,
+    asked: list[Prompt],
+    recipe: RlhfRecipe,
+    *,
+    at_once: int,
+    reward_dir: Path | None,
+    scorer: Scorer | None,
+    seed: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """One try, with at most ``at_once`` episodes in a forward pass."""
+    started = time.monotonic()
+    dtype = usable_dtype(device, recipe.dtype)
+    base, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
     stops = stop_ids(tokenizer, base)
     by_model = recipe.reward == "model"
     torch.manual_seed(seed)
@@ -348,9 +419,7 @@ def train_ppo(
     reward: Reward
     if by_model and reward_dir is not None:
         end_of_turn = completion_ids(tokenizer, "q", "a")[-1]
-        reward = ModelReward(
-            model, tokenizer, recipe.granularity, end_of_turn, recipe.micro_batch_size
-        )
+        reward = ModelReward(model, tokenizer, recipe.granularity, end_of_turn, at_once)
     elif not by_model and scorer is not None:
         reward = NdcgReward(scorer, tokenizer, recipe.granularity)
     else:
@@ -362,7 +431,14 @@ def train_ppo(
         ],
         weight_decay=0.0,
     )
-    work_dir.mkdir(parents=True, exist_ok=True)
+    rows = FittingBatches(
+        what="PPO's sampling",
+        item="response",
+        size=None,
+        device=device.torch,
+        remedy="a smaller rlhf.max_new_tokens; a shorter prompts.template",
+        progress=progress,
+    )
     state = _resume(work_dir, model, optimizer) or _State()
     resumed_at = state.batch
     per_batch = recipe.batch_size // recipe.samples_per_prompt
@@ -380,10 +456,16 @@ def train_ppo(
                 stops=stops,
                 seed=seed,
                 batch=state.batch,
+                rows=rows,
             )
         with state.timed("scoring"):
             rollout, curves = roll_out(
-                model, episodes, reward(episodes), recipe, first=state.batch == 1
+                model,
+                episodes,
+                reward(episodes),
+                recipe,
+                first=state.batch == 1,
+                at_once=at_once,
             )
         state.record(**curves)
         state.stopped_early = curves["kl"] > recipe.kl_stop
@@ -452,6 +534,10 @@ def _save(work_dir: Path, model: PpoModel, optimizer: torch.optim.Optimizer, sta
     aside.rename(work_dir / f"batch-{state.batch:05d}")
     for old in sorted(work_dir.glob("batch-*"))[:-_KEPT]:
         shutil.rmtree(old)
+
+
+def _batches_kept(work_dir: Path) -> int:
+    return max((int(path.name[-5:]) for path in work_dir.glob("batch-*")), default=0)
 
 
 def _resume(work_dir: Path, model: PpoModel, optimizer: torch.optim.Optimizer) -> _State | None:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Where a run stands. ``seconds_left`` extrapolates from this process's own speed."""
+    """Where a run stands. ``seconds_left`` extrapolates from this process's own speed.
+
+    With a ``note`` it says that instead, once: what the run met and goes on from.
+    """
 
     what: str
     step: int
@@ -20,8 +23,11 @@ class ProgressEvent:
     examples_per_second: float
     seconds_left: float
     loss: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
+        if self.note:
+            return self.note
         loss = "" if self.loss is None else f", loss {self.loss:.3f}"
         return (
             f"{self.what}: {self.step}/{self.total}{loss}, "

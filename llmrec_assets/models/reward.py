@@ -14,7 +14,8 @@ causal model leaves aside: ``score_head`` reads it. score = head · last hidden 
 answer's last token, after the final norm, in float32.
 
 Killed at any moment, the next call with the same ``work_dir`` resumes from the last complete
-trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit.
+trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit. Where the
+device runs out of memory, it goes on from there with smaller micro batches (``memory``).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
@@ -43,12 +44,16 @@ from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, usable_dtype
 from llmrec_assets.models.fast_layers import speed_up
 from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.pairs import (
+    EqualPairs,
+    SplitPairs,
     TokenizedPair,
     require_fit,
     sequence_lengths,
     split_pairs,
     tokenize_pairs,
+    train_on_pairs,
     trainer_settings,
     training_facts,
 )
@@ -101,15 +106,30 @@ def sequence_classifier(policy: Any, tokenizer: Any, *, seed: int) -> Any:
     return classifier.eval()
 
 
-def _scores(model: Any, sequences: Sequence[list[int]], batch_size: int) -> NDArray[np.float32]:
+class _PairTrainer(EqualPairs, RewardTrainer):
+    """``RewardTrainer`` in which every pair of a step counts the same."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.model.training:
+            loss = self.weighted(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _scores(
+    model: Any, sequences: Sequence[list[int]], batch_size: int, progress: Progress = silent
+) -> NDArray[np.float32]:
     """Scores of token sequences, each ended by the end of turn, [n]."""
     model.eval()
     pad = model.config.pad_token_id
-    found = np.empty(len(sequences), dtype=np.float32)
-    # Alike lengths share a batch.
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+
+    def scored(rows: Sequence[int]) -> NDArray[np.float32]:
         width = len(sequences[rows[-1]])
         ids = torch.tensor([sequences[i] + [pad] * (width - len(sequences[i])) for i in rows])
         lengths = torch.tensor([[len(sequences[i])] for i in rows])
@@ -120,7 +140,22 @@ def _scores(model: Any, sequences: Sequence[list[int]], batch_size: int) -> NDAr
                 attention_mask=mask.to(model.device),
                 use_cache=False,
             ).logits
-        found[rows] = logits.squeeze(-1).float().cpu().numpy()
+        scores: NDArray[np.float32] = logits.squeeze(-1).float().cpu().numpy()
+        return scores
+
+    batches = FittingBatches(
+        what="reward model's scores",
+        item="response",
+        size=batch_size,
+        device=model.device,
+        remedy="a shorter prompts.template",
+        progress=progress,
+    )
+    found = np.empty(len(sequences), dtype=np.float32)
+    # Alike lengths share a batch.
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for rows, scores in batches.map(order, scored):
+        found[list(rows)] = scores
     return found
 
 
@@ -153,19 +188,64 @@ def train_reward_on_pairs(
     Raises:
         DataError: a pair's user is not in the pair's split, or no pair trains.
         RecipeError: an example does not fit ``recipe.max_length``.
+        OutOfMemoryError: the device cannot hold even one pair.
     """
-    started = time.monotonic()
     split = split_pairs(prompts, pairs)
-    dtype = usable_dtype(device, recipe.dtype)
-    policy, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
     train, validation = (
         tokenize_pairs(tokenizer, rows) for rows in (split.train, split.validation)
     )
-    require_fit(sequence_lengths([*train, *validation]), recipe.max_length, "reward")
+    lengths = sequence_lengths([*train, *validation])
+    require_fit(lengths, recipe.max_length, "reward")
+
+    def attempt(fitting: RewardRecipe) -> tuple[Path, dict[str, Any]]:
+        return _train(
+            base_dir,
+            sft_adapter,
+            split,
+            train,
+            validation,
+            fitting,
+            evaluation,
+            seed=seed,
+            work_dir=work_dir,
+            device=device,
+            progress=progress,
+        )
+
+    return train_on_pairs(
+        attempt,
+        recipe,
+        section="reward",
+        what="reward model",
+        longest=max(lengths),
+        work_dir=work_dir,
+        device=device,
+        progress=progress,
+    )
+
+
+def _train(
+    base_dir: Path,
+    sft_adapter: Path,
+    split: SplitPairs,
+    train: list[TokenizedPair],
+    validation: list[TokenizedPair],
+    recipe: RewardRecipe,
+    evaluation: EvaluationRecipe,
+    *,
+    seed: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """One try, with micro batches as ``recipe`` says."""
+    started = time.monotonic()
+    dtype = usable_dtype(device, recipe.dtype)
+    policy, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
     classifier = sequence_classifier(policy, tokenizer, seed=seed)
     # The trainer pads, and sets the model's pad id, by its tokenizer's.
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id(tokenizer))
-    work_dir.mkdir(parents=True, exist_ok=True)
     resume_from = last_complete_checkpoint(work_dir)
 
     config = RewardConfig(
@@ -173,7 +253,7 @@ def train_reward_on_pairs(
     )
     # Only the leased card: the trainer would spread over all it sees.
     config._n_gpu = min(config.n_gpu, 1)
-    trainer = RewardTrainer(
+    trainer = _PairTrainer(
         model=classifier,
         args=config,
         train_dataset=Dataset.from_list([_whole(example) for example in train]),
@@ -200,7 +280,9 @@ def train_reward_on_pairs(
     if validation:
         wholes = [_whole(example) for example in validation]
         sequences = [whole[answer] for answer in ("chosen_ids", "rejected_ids") for whole in wholes]
-        chosen, rejected = _scores(trainer.model, sequences, batch_size=8).reshape(2, -1)
+        chosen, rejected = _scores(
+            trainer.model, sequences, batch_size=8, progress=progress
+        ).reshape(2, -1)
         facts["validation"] = _validation_facts(
             split.validation["user_id"], chosen, rejected, evaluation, seed
         )

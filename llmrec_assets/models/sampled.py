@@ -29,8 +29,9 @@ from llmrec_assets.ground.schemas import SAMPLED_RESPONSES
 from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
-from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
+from llmrec_assets.models.sampling import Decoding, sample_rows, stream
 
 
 def sample_responses(
@@ -64,6 +65,7 @@ def sample_responses(
 
     Raises:
         DataError: there is no prompt to sample.
+        OutOfMemoryError: the device cannot hold even one sample.
     """
     asked = sampled_prompts(prompts, recipe)
     if asked.empty:
@@ -76,11 +78,20 @@ def sample_responses(
     batches = _batches(asked, recipe.prompts_per_batch)
     finished = {number: files.read(number, keys) for number, (keys, _) in enumerate(batches)}
     missing = [number for number, batch in finished.items() if batch is None]
+    rows = None
     if missing:
         model, tokenizer = load_policy(
             base_dir, adapters, dtype=usable_dtype(device, recipe.dtype), device=device.torch
         )
-        policy = _Policy(model, tokenizer, stop_ids(tokenizer, model), recipe, seed)
+        rows = FittingBatches(
+            what="sampled responses",
+            item="sample",
+            size=None,
+            device=device.torch,
+            remedy="a smaller sampling.max_new_tokens; a shorter prompts.template",
+            progress=progress,
+        )
+        policy = _Policy(model, tokenizer, stop_ids(tokenizer, model), recipe, seed, rows)
     done = sum(len(keys) for number, (keys, _) in enumerate(batches) if number not in missing)
     sampled_here, started = 0, time.monotonic()
     for number in missing:
@@ -116,6 +127,7 @@ def sample_responses(
         "seconds": round(seconds, 1),
         "tokens_per_second": round(n_tokens / seconds, 1),
         "resumed_batches": len(batches) - len(missing),
+        **({"samples_at_once": rows.size} if rows is not None and rows.halved else {}),
         "peak_memory_gb": round(peak_memory_gb(device), 2),
         "device": device.name,
     }
@@ -144,6 +156,7 @@ class _Policy:
     stops: list[int]
     recipe: SamplingRecipe
     seed: int
+    rows: FittingBatches
 
 
 def _sample_batch(policy: _Policy, keys: list[tuple[int, int]], texts: list[str]) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def _sample_batch(policy: _Policy, keys: list[tuple[int, int]], texts: list[str]
         if not again:
             break
         redrawn += sum(len(wanted[i]) for i in again) if draw else 0
-        answers = sample_tokens(
+        answers = sample_rows(
             policy.model,
             [asked[i] for i in again],
             [
@@ -176,6 +189,7 @@ def _sample_batch(policy: _Policy, keys: list[tuple[int, int]], texts: list[str]
             decoding,
             stops=policy.stops,
             pad=tokenizer.pad_token_id,
+            rows=policy.rows,
         )
         for i, drawn in zip(again, answers, strict=True):
             repeats = []

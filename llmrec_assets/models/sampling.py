@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.fast_layers import last_positions
+from llmrec_assets.models.memory import FittingBatches
 
 #: Tokens of room that the cache takes at a time.
 _ROOM = 32
@@ -226,6 +227,41 @@ def sample_tokens(
         positions = positions + 1
 
     samples = iter(map(Sample, tokens, stopped))
+    return [[next(samples) for _ in keys] for keys in streams]
+
+
+def sample_rows(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    streams: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    stops: Sequence[int],
+    pad: int,
+    rows: FittingBatches,
+) -> list[list[Sample]]:
+    """``sample_tokens`` without a constraint, at most as many samples at once as fit.
+
+    Args:
+        rows: their number; a prompt's samples may be parted.
+    """
+    asked = [(prompt, key) for prompt, keys in enumerate(streams) for key in keys]
+
+    def run(batch: Sequence[tuple[int, int]]) -> list[list[Sample]]:
+        keys_of: dict[int, list[int]] = {}
+        for prompt, key in batch:
+            keys_of.setdefault(prompt, []).append(key)
+        return sample_tokens(
+            model,
+            [prompts[i] for i in keys_of],
+            list(keys_of.values()),
+            decoding,
+            stops=stops,
+            pad=pad,
+        )
+
+    drawn = [sample for _, found in rows.map(asked, run) for samples in found for sample in samples]
+    samples = iter(drawn)
     return [[next(samples) for _ in keys] for keys in streams]
 
 

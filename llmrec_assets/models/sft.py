@@ -5,14 +5,15 @@ base model's origin (``base``), rendering (``chat``), publishing and the device'
 (``orchestration``).
 
 Killed at any moment, the next call with the same ``work_dir`` resumes from the last complete
-trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit.
+trainer checkpoint; on CPU in fp32 the result equals an undisturbed run's bit for bit. Where the
+device runs out of memory, it goes on from there with smaller micro batches (``memory``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llmrec_assets.ground.recipes import SftRecipe
 from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.fast_layers import last_positions, speed_up
+from llmrec_assets.models.memory import train_in_fitting_batches
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.training import (
     ReportProgress,
@@ -35,13 +37,14 @@ from llmrec_assets.models.training import (
     library_versions,
     lora_config,
     save_adapter,
+    steps_kept,
 )
 
 
 @dataclass(frozen=True)
 class SftResult:
     """What a training left behind. ``losses`` are (step, loss); ``resumed_at`` is 0 for a run that
-    started afresh."""
+    started afresh; ``memory``: the facts of ``memory.train_in_fitting_batches``."""
 
     adapter_dir: Path
     losses: list[tuple[int, float]]
@@ -53,6 +56,7 @@ class SftResult:
     longest_example: int
     peak_memory_gb: float
     trainable_parameters: int
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 def tokenize_examples(
@@ -135,19 +139,60 @@ def train_sft(
     Raises:
         DataError: there is no example.
         RecipeError: an example does not fit ``recipe.max_length``.
+        OutOfMemoryError: the device cannot hold even one example.
     """
     if not prompts:
         raise DataError(
             "SFT has no training example: no training user has a valid window; "
             "lower windows.min_per_class or windows.min_ground_truth in the recipe"
         )
-    started = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     examples = tokenize_examples(tokenizer, prompts, completions, recipe.max_length)
+    longest = max(len(e["input_ids"]) for e in examples)
+
+    def train(micro_batch_size: int) -> SftResult:
+        return _train(
+            base_dir,
+            tokenizer,
+            examples,
+            recipe.model_copy(update={"micro_batch_size": micro_batch_size}),
+            seed=seed,
+            work_dir=work_dir,
+            device=device,
+            progress=progress,
+        )
+
+    result, memory = train_in_fitting_batches(
+        train,
+        what="SFT",
+        micro_batch_size=recipe.micro_batch_size,
+        batch_size=recipe.batch_size,
+        work_dir=work_dir,
+        stands_at=lambda: steps_kept(work_dir),
+        device=device,
+        remedy="sft.gradient_checkpointing: true; a shorter prompts.template and a smaller "
+        f"sft.max_length (the longest example has {longest} tokens)",
+        progress=progress,
+    )
+    return replace(result, memory=memory)
+
+
+def _train(
+    base_dir: Path,
+    tokenizer: Any,
+    examples: list[dict[str, list[int]]],
+    recipe: SftRecipe,
+    *,
+    seed: int,
+    work_dir: Path,
+    device: Device,
+    progress: Progress,
+) -> SftResult:
+    """One try, with micro batches as ``recipe`` says."""
+    started = time.monotonic()
     dtype = usable_dtype(device, recipe.dtype)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)
-    work_dir.mkdir(parents=True, exist_ok=True)
     resume_from = last_complete_checkpoint(work_dir)
 
     config = SFTConfig(
@@ -254,5 +299,6 @@ def train_sft_on_prompts(
         "libraries": library_versions(),
         "trained_user_ids": sorted(set(train["user_id"].tolist())),
         "losses": result.losses,
+        **result.memory,
     }
     return result.adapter_dir, facts

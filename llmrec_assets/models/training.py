@@ -109,3 +109,9 @@ def last_complete_checkpoint(work_dir: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def steps_kept(work_dir: Path) -> int:
+    """The step at which a trainer would resume what ``work_dir`` holds; 0: afresh."""
+    newest = last_complete_checkpoint(work_dir)
+    return int(newest.name.rsplit("-", 1)[1]) if newest else 0

@@ -18,11 +18,21 @@ def report_progress(
     context: dg.AssetExecutionContext, every_seconds: float = 15.0, asset: str | None = None
 ) -> Progress:
     """Logs events and records them as ``AssetObservation``s, at most one every ``every_seconds``
-    and always the last. ``asset``: of which asset, in a step that makes several."""
+    and always the last; notes at once, as warnings. ``asset``: of which asset, in a step that
+    makes several."""
     last = -every_seconds
 
     def show(event: ProgressEvent) -> None:
         nonlocal last
+        key = context.asset_key if asset is None else dg.AssetKey(asset)
+        if event.note:
+            context.log.warning(event.note)
+            context.log_event(
+                dg.AssetObservation(
+                    key, partition=context.partition_key, metadata={"note": event.note}
+                )
+            )
+            return
         now = time.monotonic()
         if now - last < every_seconds and event.step < event.total:
             return
@@ -30,7 +40,7 @@ def report_progress(
         context.log.info(str(event))
         context.log_event(
             dg.AssetObservation(
-                asset_key=context.asset_key if asset is None else dg.AssetKey(asset),
+                asset_key=key,
                 partition=context.partition_key,
                 metadata={
                     "step": event.step,

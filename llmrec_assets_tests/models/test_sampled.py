@@ -20,7 +20,7 @@ from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.device import Device
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.sampled import sample_responses
-from llmrec_assets.models.sampling import Decoding, sample_tokens, stream, uniforms
+from llmrec_assets.models.sampling import Decoding, sample_rows, sample_tokens, stream, uniforms
 
 CPU = Device("cpu", "CPU", "cpu")
 TINY = BaseModelRecipe(source="tiny", name="tiny", dtype="float32", label="tiny", seed=4)
@@ -209,9 +209,9 @@ def test_a_run_killed_within_a_batch_redoes_that_one(
     def dies_in_the_third(*arguments, **options):
         if next(calls) == 2:
             raise _Killed
-        return sample_tokens(*arguments, **options)
+        return sample_rows(*arguments, **options)
 
-    monkeypatch.setattr(module, "sample_tokens", dies_in_the_third)
+    monkeypatch.setattr(module, "sample_rows", dies_in_the_third)
     with pytest.raises(_Killed):
         _run(base_dir, tmp_path / "killed")
     monkeypatch.undo()
