@@ -17,7 +17,11 @@ from llmrec_assets.ground.errors import LlmrecError, RecipeError
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.ground.recommendations import STAGE_ORDER
 from llmrec_assets.ground.stages import answered_stages
-from llmrec_assets.orchestration.dead_runs import bury_dead_runs, tags_of_this_process
+from llmrec_assets.orchestration.dead_runs import (
+    bury_dead_runs,
+    burying_dead_runs,
+    tags_of_this_process,
+)
 from llmrec_assets.orchestration.partitions import DATASETS
 from llmrec_assets.orchestration.schedules import training_job
 
@@ -164,13 +168,14 @@ def _run(
     if config is not None:
         run_config["ops"] = {name: {"config": values} for name, values in config.items()}
     try:
-        result = job.execute_in_process(
-            instance=instance,
-            partition_key=partition,
-            run_config=run_config,
-            tags=tags_of_this_process(),
-            asset_selection=selection,
-        )
+        with burying_dead_runs(instance):
+            result = job.execute_in_process(
+                instance=instance,
+                partition_key=partition,
+                run_config=run_config,
+                tags=tags_of_this_process(),
+                asset_selection=selection,
+            )
     except dg.Failure as failure:
         raise LlmrecError(failure.description or f"{job_name} failed") from failure
     return str(result.run_id)
