@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import dagster as dg
 
 from llmrec_assets.ground import surroundings
+from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.lineage import Lineage
 from llmrec_assets.ground.provenance import (
     CODE_VERSION,
@@ -24,7 +25,7 @@ from llmrec_assets.ground.provenance import (
     Provenance,
     read_provenance,
 )
-from llmrec_assets.ground.store import Store
+from llmrec_assets.ground.store import Store, StoredTable
 from llmrec_assets.orchestration.partitions import DATASETS, recipe_of
 
 # By step: forgotten with it, whether it ends well or not.
@@ -54,6 +55,28 @@ def keep_provenance(context: dg.AssetExecutionContext, store: Store, version: st
     _kept[context] = read_provenance(store, asset, context.partition_key, version)
 
 
+def made_before(context: dg.AssetExecutionContext, store: Store) -> StoredTable | None:
+    """The current table of the running step, where another run made it from the very same: inputs,
+    recipe, seed and code. None where it differs, is damaged, or was never made.
+
+    The step then publishes it again, and its record stays.
+    """
+    asset, partition = context.asset_key.path[-1], context.partition_key
+    try:
+        table = store.read_table(asset, partition)
+        made = read_provenance(store, asset, partition, table.version)
+    except StoreError:
+        return None
+    wanted = Provenance.from_json(_record_of(context))
+    if made is None or any(
+        getattr(made, name) != getattr(wanted, name)
+        for name in ("inputs", "recipe", "seed", "code")
+    ):
+        return None
+    keep_provenance(context, store, table.version)
+    return table
+
+
 def provenance_of_step() -> dict[str, Any] | None:
     """The record of what the running step publishes now, as JSON values; ``None`` where it
     publishes again what was made before there were records."""
@@ -61,6 +84,10 @@ def provenance_of_step() -> dict[str, Any] | None:
     if step in _kept:
         kept = _kept[step]
         return None if kept is None else kept.to_json()
+    return _record_of(step)
+
+
+def _record_of(step: dg.AssetExecutionContext) -> dict[str, Any]:
     recipe = None if step.partition_key in DATASETS else recipe_of(step)
     seed = None
     if recipe is not None and "seed" in (config := step.op_execution_context.op_config or {}):

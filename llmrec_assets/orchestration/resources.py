@@ -5,28 +5,31 @@ a device or a dtype (``models.device``), publishing (``ground.store``).
 """
 
 import contextlib
-import json
-import multiprocessing
+import dataclasses
 import os
 import stat
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from filelock import FileLock, Timeout
 
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.store import Store
+from llmrec_assets.orchestration.partitions import recipe_of
+from llmrec_assets.orchestration.run_worker import end_with_run_worker
+from llmrec_assets.orchestration.waiting import Tell, holding, log_waiting, show_waiting
 
 if TYPE_CHECKING:
     from llmrec_assets.models.device import Device
 
 GPU_POOL = "gpu"
 _PROJECT = Path(__file__).resolve().parents[2]
+_TEMPORARY = Path("/tmp")
 
 
 def home() -> str:
@@ -41,6 +44,10 @@ class StoreResource(dg.ConfigurableResource[Store]):
     sample_dir: str = ""
     data_dir: str = ""
     download: bool = True
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Every step has a store: every step ends with its run worker."""
+        end_with_run_worker()
 
     def store(self) -> Store:
         return Store.at(self.location or home())
@@ -60,6 +67,18 @@ class StoreResource(dg.ConfigurableResource[Store]):
         return Path(named).expanduser() if named else None
 
 
+@dataclass(frozen=True)
+class Lease:
+    """The device, and how long was waited for it (seconds)."""
+
+    device: "Device"
+    waited_seconds: float = 0.0
+
+    def facts(self) -> dict[str, float]:
+        """For the metadata of what is made on it."""
+        return {"waited_for_device_seconds": round(self.waited_seconds, 1)}
+
+
 class GpuResource(dg.ConfigurableResource[Any]):
     """One device, one user at a time.
 
@@ -73,38 +92,71 @@ class GpuResource(dg.ConfigurableResource[Any]):
     say_every_seconds: float = 30.0
 
     @contextlib.contextmanager
-    def lease(self, log: Any, who: str) -> "Iterator[Device]":
-        """Waits for the device, says for whom it waits, yields it and leaves it empty."""
+    def lease(
+        self,
+        log: Any,
+        who: str,
+        *,
+        run_id: str = "",
+        waits: Callable[[str], Tell] | None = None,
+    ) -> "Iterator[Device]":
+        """Waits for the device, says for whom it waits, yields it and leaves it empty.
+
+        Args:
+            who: what the device is used for.
+            run_id: in which run.
+            waits: shows the wait for a device of that name; None: in the log.
+        """
+        with self._held(log, who, run_id, waits or partial(log_waiting, log)) as held:
+            yield held.device
+
+    @contextlib.contextmanager
+    def lease_for(self, context: dg.AssetExecutionContext) -> "Iterator[Lease]":
+        """``lease`` for the running step, with its waits: in the pool, then for the lock.
+
+        Raises:
+            OutOfMemoryError: nothing fits; with the peak that the recipe expects.
+        """
+        from llmrec_assets.models.memory import OutOfMemoryError
+
+        who = f"{context.asset_key.path[-1]} {context.partition_key}"
+        queued = _waited_in_pool(context)
+        if queued >= 1:
+            context.log.info(f"{who} waited {queued:.0f} s in the pool {GPU_POOL}")
+        waits = partial(show_waiting, context)
+        try:
+            with self._held(context.log, who, context.run_id, waits) as held:
+                yield dataclasses.replace(held, waited_seconds=queued + held.waited_seconds)
+        except OutOfMemoryError as error:
+            expected = recipe_of(context).expected_peak_memory_gb
+            raise OutOfMemoryError(
+                f"{error}. The recipe expects a peak of about {expected:g} GB"
+            ) from error
+
+    @contextlib.contextmanager
+    def _held(
+        self, log: Any, who: str, run_id: str, waits: Callable[[str], Tell]
+    ) -> "Iterator[Lease]":
         from llmrec_assets.models.device import empty_device, pick_device
 
-        _end_with_run_worker()
+        end_with_run_worker()
         device = pick_device()
-        directory = self.lock_directory()
-        lock = FileLock(directory / f"{device.key}.lock")
-        holder = directory / f"{device.key}.json"
-        self._acquire(lock, holder, log, device.name)
-        try:
-            _write_holder(holder, {"pid": os.getpid(), "who": who, "since": time.time()})
-            log.info(f"{who} has the device {device.name}")
-            yield device
-        finally:
-            empty_device(device)
-            holder.unlink(missing_ok=True)
-            lock.release()
-
-    def _acquire(self, lock: FileLock, holder: Path, log: Any, device_name: str) -> None:
-        started, said = time.monotonic(), 0.0
-        while True:
+        with holding(
+            self.lock_directory() / f"{device.key}.lock",
+            who,
+            waits(device.name),
+            run_id=run_id,
+            poll_seconds=self.poll_seconds,
+            say_every_seconds=self.say_every_seconds,
+        ) as waited:
+            started = time.monotonic()
+            log.info(f"{who} has the device {device.name} (process {os.getpid()})")
             try:
-                lock.acquire(timeout=self.poll_seconds)
-                return
-            except Timeout:
-                waited = time.monotonic() - started
-                if not said or waited - said >= self.say_every_seconds:
-                    said = waited
-                    log.info(
-                        f"waiting {waited:.0f} s for {device_name}, held by {_read_holder(holder)}"
-                    )
+                yield Lease(device, waited)
+            finally:
+                empty_device(device)
+                used = time.monotonic() - started
+                log.info(f"{who} gives the device back after {used:.1f} s (process {os.getpid()})")
 
     def lock_directory(self) -> Path:
         """Where the device's lock lies: outside ``LLMREC_HOME``, for two projects share one card.
@@ -117,7 +169,9 @@ class GpuResource(dg.ConfigurableResource[Any]):
             directory = Path(named)
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             return directory
-        directory = Path(tempfile.gettempdir()) / f"llmrec-locks-{os.getuid()}"
+        # Not TMPDIR: a daemon's and a terminal's may differ, and they share the device.
+        place = _TEMPORARY if os.access(_TEMPORARY, os.W_OK) else Path(tempfile.gettempdir())
+        directory = place / f"llmrec-locks-{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
         # The name can be guessed: whoever made the directory first could plant links in it.
         found = directory.lstat()
@@ -129,32 +183,14 @@ class GpuResource(dg.ConfigurableResource[Any]):
         return directory
 
 
-def _write_holder(path: Path, fact: dict[str, Any]) -> None:
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(fact))
-    os.replace(aside, path)
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        fact = json.loads(path.read_text())
-        return f"{fact['who']} (process {fact['pid']}, {time.time() - fact['since']:.0f} s)"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has just started or ended"
-
-
-def _end_with_run_worker(poll_seconds: float = 2.0) -> None:
-    """A step whose run worker has died ends itself, so that it does not train on unseen.
-
-    Only a step process that multiprocessing started has a run worker; in-process runs have none.
-    """
-    worker = multiprocessing.parent_process()
-    if worker is None:
-        return
-
-    def watch() -> None:
-        while worker.is_alive():
-            time.sleep(poll_seconds)
-        os._exit(70)  # at once: trainer checkpoints are complete or unmarked, nothing to tidy
-
-    threading.Thread(target=watch, name="end-with-run-worker", daemon=True).start()
+def _waited_in_pool(context: dg.AssetExecutionContext) -> float:
+    """Seconds between the running step's asking for a place in its pool and getting it; 0 where
+    Dagster keeps no such record."""
+    storage = context.instance.event_log_storage
+    if not storage.supports_global_concurrency_limits:
+        return 0.0
+    step = context.op_execution_context.get_step_execution_context().step.key
+    for asked in storage.get_concurrency_info(GPU_POOL).pending_steps:
+        if (asked.run_id, asked.step_key) == (context.run_id, step) and asked.assigned_timestamp:
+            return (asked.assigned_timestamp - asked.enqueued_timestamp).total_seconds()
+    return 0.0

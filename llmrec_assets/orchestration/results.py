@@ -15,7 +15,6 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from llmrec_assets.ground.column_lineage import expanded, sources
 from llmrec_assets.ground.lineage import trace
@@ -26,6 +25,7 @@ from llmrec_assets.ground.store import Store, builder_lock, checkpoint_version, 
 from llmrec_assets.ground.tables import conform, content_version
 from llmrec_assets.orchestration.config import ForceConfig
 from llmrec_assets.orchestration.provenance import lineage_metadata, provenance_of_step
+from llmrec_assets.orchestration.waiting import Holder, described, holding
 
 _PREVIEW_ROWS = 5
 
@@ -200,16 +200,16 @@ def one_builder(
     second then finds the version published. A dead builder's lock is free."""
     path = builder_lock(store, asset, partition)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another process is making {asset} for {partition}: waiting for it")
-        lock.acquire()
-    try:
+
+    def tell(holder: Holder | None, waited: float) -> None:
+        say(
+            f"another process is making {asset} for {partition}: waiting for it ({waited:.0f} s so "
+            f"far), {described(holder)}"
+        )
+
+    run_id = dg.AssetExecutionContext.get().run_id
+    with holding(path, f"{asset} {partition}", tell, run_id=run_id, poll_seconds=0.5):
         yield
-    finally:
-        lock.release()
 
 
 def curve(points: Sequence[Sequence[float]], x: str, y: str) -> dg.MetadataValue:

@@ -10,17 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
 
+from llmrec_assets.orchestration import resources
 from llmrec_assets.orchestration.resources import GpuResource, home
 
 # A process that takes the lease, as a step does. torch is not needed for that, so that the tests
 # are about locks and not about seconds of imports.
 TAKER = '''
-import multiprocessing, os, sys, time, types
+import json, multiprocessing, os, signal, sys, time, types
 from pathlib import Path
 
 fake = types.ModuleType("llmrec_assets.models.device")
@@ -57,12 +59,61 @@ def hold(name):
         print("HOLDING", os.getpid(), flush=True)
         time.sleep(600)
 
+def use_for_a_moment(place, number):
+    """Takes the lease again and again; writes the time as long as it has the device."""
+    gpu = GpuResource(poll_seconds=0.01)
+    turn = 0
+    while True:
+        turn += 1
+        with gpu.lease(types.SimpleNamespace(info=lambda text: None), f"user {number}"):
+            seen = os.open(place / f"{number}-{os.getpid()}-{turn}", os.O_CREAT | os.O_WRONLY)
+            for _ in range(20):
+                os.write(seen, b"%d\\n" % time.monotonic_ns())
+                time.sleep(0.001)
+            os.close(seen)
+        time.sleep(0.001)
+
+def kill_holders(place, users, kills):
+    """Forks users of the device and kills whoever has it, again and again."""
+    holder = Path(os.environ["LLMREC_LOCK_DIR"]) / "card-1.json"
+    living, started = {}, 0
+
+    def start():
+        nonlocal started
+        started += 1
+        pid = os.fork()
+        if pid == 0:
+            use_for_a_moment(place, started)
+        living[pid] = started
+
+    for _ in range(users):
+        start()
+    random = __import__("random").Random(7)
+    killed = 0
+    while killed < kills:
+        time.sleep(random.uniform(0, 0.05))
+        try:
+            pid = json.loads(holder.read_text())["pid"]
+        except (OSError, ValueError):
+            continue
+        if pid in living:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            del living[pid]
+            killed += 1
+            start()
+    for pid in living:
+        os.kill(pid, signal.SIGKILL)
+    print("KILLED", killed, flush=True)
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "turns":
         take_turns(rest[0], Path(rest[1]), int(rest[2]))
     elif what == "hold":
         hold(rest[0])
+    elif what == "kills":
+        kill_holders(Path(rest[0]), int(rest[1]), int(rest[2]))
     elif what == "worker":  # a run worker with a step process, as Dagster's executor starts it
         step = multiprocessing.get_context("spawn").Process(target=hold, args=(rest[0],))
         step.start()
@@ -140,12 +191,31 @@ def test_no_two_processes_hold_the_device_at_once(taker, tmp_path: Path) -> None
     assert any("waiting" in output for output in outputs)  # they did compete
 
 
+def test_killing_whoever_has_the_device_never_lets_two_use_it(taker, tmp_path: Path) -> None:
+    """Five users without a pool, the holder killed 40 times: no two were ever seen at it at once,
+    and the device was used after every kill."""
+    place = tmp_path / "seen"
+    place.mkdir()
+    output = taker("kills", str(place), "5", "40").communicate(timeout=120)[0]
+    assert "KILLED 40" in output, output
+    uses = []
+    for file in place.iterdir():
+        times = [int(line) for line in file.read_text().split()]
+        if times:  # killed before it wrote anything otherwise
+            uses.append((times[0], times[-1], len(times)))
+    uses.sort()
+    assert len(uses) > 40
+    assert sum(length < 20 for *_, length in uses) > 10  # killed in the middle of their use
+    for (_, last, _), (first, _, _) in pairwise(uses):
+        assert last < first
+
+
 def test_who_waits_is_told_for_whom_and_a_killed_holder_frees_the_device(taker) -> None:
     holder = taker("hold", "sft_checkpoint ml-1m|paper")
     pid = pid_holding(holder)
     waiter = taker("hold", "sft_checkpoint sample|tiny")
     line = line_with(waiter, "waiting")
-    assert f"held by sft_checkpoint ml-1m|paper (process {pid}, " in line
+    assert f"held by sft_checkpoint ml-1m|paper (process {pid}, since " in line
     assert "for a card" in line
     line_with(waiter, "waiting")  # again: it does not fall silent
     holder.kill()
@@ -175,12 +245,13 @@ def test_a_step_with_a_living_run_worker_keeps_the_device(taker) -> None:
 def test_the_lock_is_the_devices_and_not_the_projects(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Two projects, each with its own LLMREC_HOME, share one card."""
+    """Two projects, each with its own LLMREC_HOME and TMPDIR, share one card."""
     monkeypatch.delenv("LLMREC_LOCK_DIR")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(resources, "_TEMPORARY", tmp_path)
     places = set()
     for project in ("one", "two"):
+        monkeypatch.setenv("TMPDIR", str(tmp_path / f"{project}-tmp"))
+        monkeypatch.setattr("tempfile.tempdir", None)
         monkeypatch.setenv("LLMREC_HOME", str(tmp_path / project))
         places.add(GpuResource().lock_directory())
         assert Path(home()) == tmp_path / project

@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from llmrec_assets.ground.schemas import SCHEMAS
+from llmrec_assets.orchestration.dead_runs import HOST_TAG, launched_process
+from llmrec_assets.orchestration.run_launcher import WatchedRunLauncher
 
 if TYPE_CHECKING:
     from conftest import FinishedRun, Home
@@ -55,6 +58,13 @@ query ($path: [String!]!) {
     ... on AssetNode { assetMaterializations(limit: 1) { runId partition metadataEntries {
       label ... on IntMetadataEntry { intValue } ... on MarkdownMetadataEntry { mdStr } } } }
   }
+}
+"""
+WAITED = """
+query ($path: [String!]!) {
+  assetNodeOrError(assetKey: {path: $path}) {
+    ... on AssetNode { assetMaterializations(limit: 1) { metadataEntries {
+      label ... on FloatMetadataEntry { floatValue } } } } }
 }
 """
 CHECKS = """
@@ -284,6 +294,28 @@ def test_training_and_generation_queue_in_the_pool(clicked: MaterializedByClick)
     assert "Step blocked by limit for pool gpu" in log
     pool = clicked.ui.pool()
     assert (pool["slotCount"], pool["activeSlotCount"], pool["pendingStepCount"]) == (1, 0, 0)
+
+
+def test_the_daemon_can_tell_whether_a_run_it_launched_still_lives(
+    clicked: MaterializedByClick,
+) -> None:
+    """What the judgement rests on: the words of Dagster's run process, and the launcher's tag."""
+    with clicked.ui.home.instance() as instance:
+        assert isinstance(instance.run_launcher, WatchedRunLauncher)
+        run = instance.get_run_by_id(clicked.run_id)
+        assert run is not None
+        assert run.tags[HOST_TAG] == socket.gethostname()
+        pid, said = launched_process(instance, run)
+        record = instance.get_run_record_by_id(run.run_id)
+    assert pid is not None and not psutil.pid_exists(pid)
+    assert record.start_time - 30 < said < record.end_time
+
+
+def test_the_wait_for_the_device_stands_in_the_metadata(clicked: MaterializedByClick) -> None:
+    answer = clicked.ui.query(WAITED, path=["sft_checkpoint"])["assetNodeOrError"]
+    (shown,) = answer["assetMaterializations"]
+    waited = {entry["label"]: entry.get("floatValue") for entry in shown["metadataEntries"]}
+    assert waited["waited_for_device_seconds"] >= 0
 
 
 def test_the_metric_table_is_shown_with_its_materialization(clicked: MaterializedByClick) -> None:

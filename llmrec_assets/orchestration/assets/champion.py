@@ -1,6 +1,7 @@
 """Group ``champion``: the policy that serves a data set, and the record of how it came to."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -26,6 +27,7 @@ from llmrec_assets.orchestration.results import (
     one_builder,
     table_result,
 )
+from llmrec_assets.orchestration.waiting import show_waiting
 
 GROUP = "champion"
 
@@ -101,7 +103,12 @@ def champion(
                 force=config.force,
                 run_id=run_id,
                 code=CODE_VERSION,
-                lease=lambda: gpu.lease(context.log, f"{CHAMPION} {dataset}"),
+                lease=lambda: gpu.lease(
+                    context.log,
+                    f"{CHAMPION} {dataset}",
+                    run_id=run_id,
+                    waits=partial(show_waiting, context, asset=CHAMPION),
+                ),
                 say=context.log.info,
                 progress=report_progress(context, asset=CHAMPION),
             )

@@ -106,16 +106,17 @@ def sft_checkpoint(
         _require_space(context, work, base_model, recipe.sft.lora.r)
         from llmrec_assets.models.sft import train_sft_on_prompts
 
-        with gpu.lease(context.log, f"sft_checkpoint {context.partition_key}") as device:
-            return train_sft_on_prompts(
+        with gpu.lease_for(context) as lease:
+            adapter_dir, facts = train_sft_on_prompts(
                 base_model,
                 prompts.frame,
                 recipe.sft,
                 seed=config.seed_of(recipe),
                 work_dir=work,
-                device=device,
+                device=lease.device,
                 progress=report_progress(context),
             )
+        return adapter_dir, {**facts, **lease.facts()}
 
     yield from checkpoint_result(
         context,
@@ -160,8 +161,8 @@ def dpo_checkpoint(
         _require_space(context, work, base_model, recipe.dpo.lora.r)
         from llmrec_assets.models.dpo import train_dpo_on_pairs
 
-        with gpu.lease(context.log, f"dpo_checkpoint {context.partition_key}") as device:
-            return train_dpo_on_pairs(
+        with gpu.lease_for(context) as lease:
+            adapter_dir, facts = train_dpo_on_pairs(
                 base_model,
                 sft_checkpoint,
                 prompts.frame,
@@ -169,9 +170,10 @@ def dpo_checkpoint(
                 recipe.dpo,
                 seed=config.seed_of(recipe),
                 work_dir=work,
-                device=device,
+                device=lease.device,
                 progress=report_progress(context),
             )
+        return adapter_dir, {**facts, **lease.facts()}
 
     yield from checkpoint_result(
         context,
@@ -221,8 +223,8 @@ def reward_model(
         _require_space(context, work, base_model, recipe.reward.lora.r)
         from llmrec_assets.models.reward import train_reward_on_pairs
 
-        with gpu.lease(context.log, f"reward_model {context.partition_key}") as device:
-            return train_reward_on_pairs(
+        with gpu.lease_for(context) as lease:
+            adapter_dir, facts = train_reward_on_pairs(
                 base_model,
                 sft_checkpoint,
                 prompts.frame,
@@ -231,9 +233,10 @@ def reward_model(
                 evaluation=recipe.evaluation,
                 seed=config.seed_of(recipe),
                 work_dir=work,
-                device=device,
+                device=lease.device,
                 progress=report_progress(context),
             )
+        return adapter_dir, {**facts, **lease.facts()}
 
     for result in checkpoint_result(
         context,
@@ -311,18 +314,18 @@ def rlhf_checkpoint(
     def build(work: Path) -> tuple[Path, dict[str, Any]]:
         # PPO also trains a value adapter.
         _require_space(context, work, base_model, recipe.rlhf.lora.r, recipe.rlhf.lora.r)
-        with gpu.lease(context.log, f"rlhf_checkpoint {partition}") as device:
+        with gpu.lease_for(context) as lease:
             common: dict[str, Any] = {
                 "scorer": scorer,
                 "seed": config.seed_of(recipe),
                 "work_dir": work,
-                "device": device,
+                "device": lease.device,
                 "progress": report_progress(context),
             }
             if recipe.rlhf.method == "ppo":
                 from llmrec_assets.models.ppo import train_ppo
 
-                return train_ppo(
+                adapter_dir, facts = train_ppo(
                     base_model,
                     sft_checkpoint,
                     prompts.frame,
@@ -330,9 +333,13 @@ def rlhf_checkpoint(
                     reward_dir=reward_model,
                     **common,
                 )
-            from llmrec_assets.models.group_rl import train_group_rl
+            else:
+                from llmrec_assets.models.group_rl import train_group_rl
 
-            return train_group_rl(base_model, sft_checkpoint, prompts.frame, recipe.rlhf, **common)
+                adapter_dir, facts = train_group_rl(
+                    base_model, sft_checkpoint, prompts.frame, recipe.rlhf, **common
+                )
+        return adapter_dir, {**facts, **lease.facts()}
 
     yield from checkpoint_result(
         context,

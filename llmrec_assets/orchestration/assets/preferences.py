@@ -67,7 +67,7 @@ def sampled_responses(
             return
         from llmrec_assets.models.sampled import sample_responses
 
-        with gpu.lease(context.log, f"sampled_responses {partition}") as device:
+        with gpu.lease_for(context) as lease:
             frame, facts = sample_responses(
                 prompts.frame,
                 base_model,
@@ -77,10 +77,10 @@ def sampled_responses(
                 sampling_version=version,
                 seed=config.seed_of(recipe),
                 work_dir=work,
-                device=device,
+                device=lease.device,
                 progress=report_progress(context),
             )
-        yield table_result("sampled_responses", frame, {"reused": False, **facts})
+        yield table_result("sampled_responses", frame, {"reused": False, **facts, **lease.facts()})
         # Reached once the table is published: until then the batches are all there is.
         store.remove_work(work)
 

@@ -1,8 +1,11 @@
 """Group ``evaluation``, probes: what the base model knew before it was trained on anything."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground.memorisation import (
     memorisation_questions,
@@ -13,7 +16,8 @@ from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
-from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource
+from llmrec_assets.orchestration.provenance import made_before
+from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import TableResult, table_result
 
 GROUP = "evaluation"
@@ -21,20 +25,35 @@ GROUP = "evaluation"
 
 @dg.asset(**table_options("memorisation", GROUP), partitions_def=run_partitions, pool=GPU_POOL)
 def memorisation(
-    context: dg.AssetExecutionContext, gpu: GpuResource, movielens_files: Path, base_model: Path
+    context: dg.AssetExecutionContext,
+    storage: StoreResource,
+    gpu: GpuResource,
+    movielens_files: Path,
+    base_model: Path,
 ) -> TableResult:
     """Does the base model complete MovieLens' own rows? Beside a control and a guess."""
+    recipe, store = recipe_of(context), storage.store()
+
+    def result(frame: pd.DataFrame, facts: Mapping[str, Any]) -> TableResult:
+        table = dg.MetadataValue.md(markdown_table(frame.drop(columns=["checkpoint_version"])))
+        shown = {"table": table, "base_model": recipe.base_model.label, **facts}
+        return table_result("memorisation", frame, shown)
+
+    if (before := made_before(context, store)) is not None:
+        return result(before.frame, {"reused": True})
     from llmrec_assets.models.memorisation import continue_rows
 
-    recipe = recipe_of(context)
     rows = read_source_rows(movielens_files, dataset_of(context))
     questions = memorisation_questions(rows, recipe.probes, recipe.seed)
-    with gpu.lease(context.log, f"memorisation {context.partition_key}") as device:
+    with gpu.lease_for(context) as lease:
+        # Another run may have made it while this one waited.
+        if lease.waited_seconds and (before := made_before(context, store)) is not None:
+            return result(before.frame, {"reused": True})
         texts, facts = continue_rows(
             base_model,
             questions,
             recipe.generation,
-            device=device,
+            device=lease.device,
             progress=report_progress(context),
         )
     frame = memorisation_table(
@@ -43,7 +62,4 @@ def memorisation(
         confidence=recipe.evaluation.confidence,
         checkpoint_version=base_model.name,
     )
-    table = dg.MetadataValue.md(markdown_table(frame.drop(columns=["checkpoint_version"])))
-    return table_result(
-        "memorisation", frame, {"table": table, "base_model": recipe.base_model.label, **facts}
-    )
+    return result(frame, {"reused": False, **facts, **lease.facts()})

@@ -18,9 +18,11 @@ from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_option
 from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
+from llmrec_assets.orchestration.provenance import made_before
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    TableResult,
     blocking_checks,
     checked_table_result,
     table_result,
@@ -63,6 +65,7 @@ def _answer_checks(stage: str) -> list[dg.AssetCheckSpec]:
 def _answer(
     context: dg.AssetExecutionContext,
     config: RunConfig,
+    storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
     user_splits: pd.DataFrame,
@@ -73,38 +76,59 @@ def _answer(
     *adapters: Path,
 ) -> CheckedResult:
     """``adapters``: SFT's, then the one trained on top of it."""
-    from llmrec_assets.models.answers import answer_test_prompts
-    from llmrec_assets.models.classical_lists import ease_candidates
-
     recipe, partition = recipe_of(context), context.partition_key
     problems = policy_problems(stage, base_model, adapters, partition, prompts.version)
     yield from blocking_checks(f"{stage}_responses", {_OWN: problems})
+    store = storage.store()
+
+    def reused(table: StoredTable) -> TableResult:
+        context.log.info("these answers are already published: reused")
+        return table_result(f"{stage}_responses", table.frame, {"reused": True})
+
+    before = None if config.force else made_before(context, store)
+    if before is not None:
+        yield from blocking_checks(f"{stage}_responses", {_PROPOSED: []})
+        yield reused(before)
+        return
+    from llmrec_assets.models.answers import answer_test_prompts
+    from llmrec_assets.models.classical_lists import ease_candidates
+
     made, seed = None, config.seed_of(recipe)
     if recipe.generation.candidates == "ease":
         made = ease_candidates(prompts.frame, user_splits, ratings, catalogue, recipe, seed=seed)
     yield from blocking_checks(f"{stage}_responses", {_PROPOSED: made.problems if made else []})
     candidates = made.candidates if made else None
-    with gpu.lease(context.log, f"{stage}_responses {partition}") as device:
-        answers = answer_test_prompts(
-            prompts.frame,
-            ratings,
-            catalogue,
-            base_model,
-            adapters,
-            recipe.generation,
-            stage=stage,
-            prompts_version=prompts.version,
-            answer_versions=answer_versions(
-                recipe.generation, seed, CODE_VERSION, candidates.version if candidates else None
-            ),
-            max_users=recipe.evaluation.max_test_users,
-            top_k=recipe.windows.top_k,
-            seed=seed,
-            device=device,
-            candidates=candidates,
-            progress=report_progress(context),
-        )
-    facts = answers.facts
+    with gpu.lease_for(context) as lease:
+        # Another run may have made them while this one waited.
+        if lease.waited_seconds and not config.force:
+            before = made_before(context, store)
+        if before is None:
+            answers = answer_test_prompts(
+                prompts.frame,
+                ratings,
+                catalogue,
+                base_model,
+                adapters,
+                recipe.generation,
+                stage=stage,
+                prompts_version=prompts.version,
+                answer_versions=answer_versions(
+                    recipe.generation,
+                    seed,
+                    CODE_VERSION,
+                    candidates.version if candidates else None,
+                ),
+                max_users=recipe.evaluation.max_test_users,
+                top_k=recipe.windows.top_k,
+                seed=seed,
+                device=lease.device,
+                candidates=candidates,
+                progress=report_progress(context),
+            )
+    if before is not None:
+        yield reused(before)
+        return
+    facts = {"reused": False, **answers.facts, **lease.facts()}
     if made:
         told = {**made.candidates.fit, "validation_ndcg": round(made.validation_ndcg, 6)}
         facts = {**facts, "candidates": dg.MetadataValue.json(told)}
@@ -120,6 +144,7 @@ def _answer(
 def base_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
+    storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
     user_splits: pd.DataFrame,
@@ -129,7 +154,7 @@ def base_responses(
 ) -> CheckedResult:
     """What the base model answers to the test prompts, raw."""
     yield from _answer(
-        context, config, gpu, prompts, user_splits, ratings, catalogue, "base", base_model
+        context, config, storage, gpu, prompts, user_splits, ratings, catalogue, "base", base_model
     )
 
 
@@ -142,6 +167,7 @@ def base_responses(
 def sft_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
+    storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
     user_splits: pd.DataFrame,
@@ -154,6 +180,7 @@ def sft_responses(
     yield from _answer(
         context,
         config,
+        storage,
         gpu,
         prompts,
         user_splits,
@@ -174,6 +201,7 @@ def sft_responses(
 def dpo_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
+    storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
     user_splits: pd.DataFrame,
@@ -187,6 +215,7 @@ def dpo_responses(
     yield from _answer(
         context,
         config,
+        storage,
         gpu,
         prompts,
         user_splits,
@@ -208,6 +237,7 @@ def dpo_responses(
 def rlhf_responses(
     context: dg.AssetExecutionContext,
     config: RunConfig,
+    storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
     user_splits: pd.DataFrame,
@@ -221,6 +251,7 @@ def rlhf_responses(
     yield from _answer(
         context,
         config,
+        storage,
         gpu,
         prompts,
         user_splits,
