@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from bench.frame import Bench, Comparison, Peer, Row, Timer
 from bench.ratings import ml_1m_sized
@@ -57,7 +58,7 @@ def prepare(directory: Path, size: int) -> str:
     return ml_1m_sized(directory, size, USERS * size // FULL, SEED)
 
 
-def ours(inputs: Path, out: Path, timer: Timer) -> None:
+def ours(inputs: Path, out: Path, timer: Timer, rows_kept: int = 0) -> None:
     with timer():
         users = movielens.read_users(inputs, "ml-1m")
         movies = movielens.read_movies(inputs, "ml-1m")
@@ -71,7 +72,7 @@ def ours(inputs: Path, out: Path, timer: Timer) -> None:
             canonical=movies[["movie_id", "canonical_movie_id"]],
         )
         prompts = render_prompts(windows, users, movies, RECIPE.prompts, RECIPE.windows)
-    _keep(prompts, out)
+    _keep(prompts, out, rows_kept)
 
 
 def loop(inputs: Path, out: Path, timer: Timer) -> None:
@@ -127,7 +128,7 @@ def loop(inputs: Path, out: Path, timer: Timer) -> None:
     _keep(pd.DataFrame(made), out)
 
 
-def vectorised(inputs: Path, out: Path, timer: Timer) -> None:
+def vectorised(inputs: Path, out: Path, timer: Timer, rows_kept: int = 0) -> None:
     """Whole columns; a single-character separator, so that pandas' C parser reads the ratings."""
     from llmrec_assets.ground.places import city_state  # many ZIP codes in one query
 
@@ -197,7 +198,7 @@ def vectorised(inputs: Path, out: Path, timer: Timer) -> None:
                     genres_of,
                 )
             )
-    _keep(pd.DataFrame(made), out)
+    _keep(pd.DataFrame(made), out, rows_kept)
 
 
 def check(inputs: Path, out: Mapping[str, Path]) -> str:
@@ -222,8 +223,11 @@ def floor(inputs: Path) -> tuple[float, str]:
     return min(took), "reading the bytes of ratings.dat from the page cache and counting its lines"
 
 
-def _keep(prompts: pd.DataFrame, out: Path) -> None:
+def _keep(prompts: pd.DataFrame, out: Path, rows_kept: int = 0) -> None:
+    """The table's version; its first rows too, where they are asked for."""
     table = conform(prompts, PROMPTS, "prompts")
+    if rows_kept:
+        pq.write_table(table.slice(0, rows_kept), out / "prompts.parquet")
     facts = {"rows": table.num_rows, "version": content_version(table)}
     (out / "table.json").write_text(json.dumps(facts))
 

@@ -64,7 +64,7 @@ def user_metrics(
     truth = _ground_truth(prompts, canonical_ids(movies))
 
     # absent ids are -1, which is no movie id of any source
-    films = recommendations["movie_id"].astype("Int32").fillna(-1).to_numpy("int64")[lists]
+    films = recommendations["movie_id"].astype("Int32").fillna(-1).to_numpy(dtype=np.int64)[lists]
     duplicate, seen = (
         recommendations[name].to_numpy(dtype=bool)[lists] for name in ("is_duplicate", "is_seen")
     )
@@ -131,7 +131,7 @@ def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64]
 
 
 def _relevant(
-    films: NDArray[np.int64], lists: pd.DataFrame, truth: pd.DataFrame
+    films: NDArray[np.integer], lists: pd.DataFrame, truth: pd.DataFrame
 ) -> NDArray[np.bool_]:
     """[n_lists, k], whether the film stands in its window's ground truth."""
     windows = pd.MultiIndex.from_frame(truth[WINDOW_KEY]).drop_duplicates()

@@ -189,9 +189,10 @@ def _histories(
     trains = np.isin(user, user_splits.loc[user_splits["split"] == "train", "user_id"].to_numpy())
     if split_time is not None:
         known = (timestamp <= split_time) | ~trains
-        user, timestamp, movie, rating, trains = (
-            column[known] for column in (user, timestamp, movie, rating, trains)
+        user, timestamp, movie, rating = (
+            column[known] for column in (user, timestamp, movie, rating)
         )
+        trains = trains[known]
     liked = rating >= recipe.liked_min
     rated_before = pd.Series((user << 32) | _films(movie, canonical)).duplicated().to_numpy()
     candidate = liked & ~rated_before
