@@ -54,10 +54,10 @@ def prepare(directory: Path, size: int) -> str:
     """Five films a list, a ground truth of one to five; better rows hit more often."""
     rng = np.random.default_rng(SEED)
     n_truth = rng.integers(1, K + 1, size)
-    truth = np.argsort(rng.random((size, FILMS)), axis=1)[:, :K] + 1
+    truth = _films(rng, size)
     lists = np.empty((len(ROWS), size, K), dtype=np.int64)
     for row in range(len(ROWS)):
-        films = np.argsort(rng.random((size, FILMS)), axis=1)[:, :K] + 1
+        films = _films(rng, size)
         hit = rng.random((size, K)) < 0.02 * (row + 1)
         films = np.where(hit, truth, films)
         for user in np.flatnonzero([len(set(some)) < K for some in films.tolist()]):
@@ -96,6 +96,13 @@ def prepare(directory: Path, size: int) -> str:
         directory / "movies.parquet"
     )
     return f"{len(ROWS)} rows of {size:,} users, {K} slots a list, invented"
+
+
+def _films(rng: np.random.Generator, n: int) -> np.ndarray:
+    """[n, K], distinct films: equal steps round the catalogue, whose size no number below K
+    divides."""
+    first, step = rng.integers(0, FILMS, (n, 1)), rng.integers(1, FILMS, (n, 1))
+    return (first + step * np.arange(K)) % FILMS + 1
 
 
 def ours(inputs: Path, out: Path, timer: Timer) -> None:

@@ -126,8 +126,8 @@ def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64]
     for name in names:
         part, values = pd.factorize(frame[name], sort=True)
         code = code * len(values) + part
-    distinct, code = np.unique(code, return_inverse=True)
-    return code, len(distinct)
+    code, values = pd.factorize(code, sort=True)
+    return code, len(values)
 
 
 def _relevant(
