@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from llmrec_assets.ground.comparisons import PREDECESSORS
 from llmrec_assets.ground.errors import DataError
@@ -56,27 +57,22 @@ def user_metrics(
     """
     if recommendations.empty:
         return typed(pd.DataFrame(columns=USER_METRICS.names), USER_METRICS)
+    k = int(recommendations["rank"].max())
+    lists = _lists(recommendations, k)
+    first = recommendations[[*LIST_KEY, *WINDOW_KEY, *_VERSIONS]].iloc[lists[:, 0]]
+    table = first.reset_index(drop=True)
     truth = _ground_truth(prompts, canonical_ids(movies))
-    slot = recommendations[
-        [*WINDOW_KEY, *LIST_KEY, "rank", "movie_id", "text", "is_duplicate", "is_seen"]
-    ].copy()
-    slot["movie_id"] = slot["movie_id"].astype("Int32")
-    k = int(slot["rank"].max())
-    _require_same_windows(slot, k)
 
-    # absent ids would match each other in a merge; -1 is no movie id of any source
-    slot["movie_id"] = slot["movie_id"].fillna(-1).astype("int64")
-    slot = slot.merge(truth.assign(relevant=True), on=[*WINDOW_KEY, "movie_id"], how="left")
-    hit = slot["relevant"].notna() & ~slot["is_duplicate"] & ~slot["is_seen"]
-    slot["hits"] = hit.astype("int64")
-    slot["dcg"] = np.where(hit, 1 / np.log2(slot["rank"].to_numpy() + 1.0), 0.0)
-    slot["n_parsed"] = slot["text"].notna()
-    slot["n_in_catalogue"] = slot["movie_id"] >= 0
-    slot = slot.rename(columns={"is_duplicate": "n_duplicate", "is_seen": "n_seen"})
-    counts = ["n_parsed", "n_in_catalogue", "n_duplicate", "n_seen"]
-    # summed by rank, so that the order of the rows cannot move the last bit
-    slot = slot.sort_values("rank", kind="stable")
-    table = slot.groupby([*LIST_KEY, *WINDOW_KEY])[["hits", "dcg", *counts]].sum().reset_index()
+    # absent ids are -1, which is no movie id of any source
+    films = recommendations["movie_id"].astype("Int32").fillna(-1).to_numpy(dtype=np.int64)[lists]
+    duplicate, seen = (
+        recommendations[name].to_numpy(dtype=bool)[lists] for name in ("is_duplicate", "is_seen")
+    )
+    hits = _relevant(films, table, truth) & ~duplicate & ~seen
+    table["hits"] = hits.sum(axis=1)
+    table["n_parsed"] = recommendations["text"].notna().to_numpy()[lists].sum(axis=1)
+    table["n_in_catalogue"] = (films >= 0).sum(axis=1)
+    table["n_duplicate"], table["n_seen"] = duplicate.sum(axis=1), seen.sum(axis=1)
 
     sizes = truth.groupby(WINDOW_KEY).size().rename("n_ground_truth").reset_index()
     table = table.merge(sizes, on=WINDOW_KEY, how="left")
@@ -88,13 +84,76 @@ def user_metrics(
             "again, from these prompts"
         )
     ideal = {n: ideal_dcg(k, n) for n in table["n_ground_truth"].unique()}
-    table["ndcg"] = table["dcg"] / table["n_ground_truth"].map(ideal)
+    table["ndcg"] = _dcg(hits) / table["n_ground_truth"].map(ideal)
     table["precision"] = table["hits"] / k
     table["recall"] = table["hits"] / table["n_ground_truth"]
     table["protocol"] = protocol
-    versions = recommendations[[*LIST_KEY, *WINDOW_KEY, *_VERSIONS]].drop_duplicates()
-    table = table.merge(versions, on=[*LIST_KEY, *WINDOW_KEY], how="left", validate="one_to_one")
-    return typed(table.sort_values([*LIST_KEY, *WINDOW_KEY], ignore_index=True), USER_METRICS)
+    return typed(table, USER_METRICS)
+
+
+def _lists(recommendations: pd.DataFrame, k: int) -> NDArray[np.int64]:
+    """[n_lists, k], where the slots of each list stand, by (list, window) and rank.
+
+    Raises:
+        DataError: lists are not of k slots or of one version, or rows answered different windows.
+    """
+    row, n_rows = _codes(recommendations, LIST_KEY)
+    window, n_windows = _codes(recommendations, WINDOW_KEY)
+    rank = recommendations["rank"].to_numpy(dtype=np.int64)
+    slot = (row * n_windows + window) * (k + 1) + rank
+    order = np.argsort(slot, kind="stable")
+    # every row, every window, every rank once: whatever lacks or repeats one is told below
+    whole = (np.arange(n_rows * n_windows)[:, None] * (k + 1) + np.arange(1, k + 1)).ravel()
+    if not np.array_equal(slot[order], whole):
+        raise _odd_lists(recommendations, k)
+    lists = order.reshape(-1, k)
+    for name in _VERSIONS:
+        code = pd.factorize(recommendations[name])[0][lists]
+        mixed = (code != code[:, :1]).any(axis=1)
+        if mixed.any():
+            odd = recommendations.iloc[lists[mixed.argmax(), 0]]
+            raise DataError(
+                f"recommendations: {odd['stage']}, user {odd['user_id']}, window "
+                f"{odd['window_index']} has slots of more than one {name}: materialize these "
+                "recommendations again"
+            )
+    return lists
+
+
+def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64], int]:
+    """Each row's place among the distinct ones in sorted order, and how many those are."""
+    code = np.zeros(len(frame), dtype=np.int64)
+    for name in names:
+        part, values = pd.factorize(frame[name], sort=True)
+        code = code * len(values) + part
+    code, values = pd.factorize(code, sort=True)
+    return code, len(values)
+
+
+def _relevant(
+    films: NDArray[np.integer], lists: pd.DataFrame, truth: pd.DataFrame
+) -> NDArray[np.bool_]:
+    """[n_lists, k], whether the film stands in its window's ground truth."""
+    windows = pd.MultiIndex.from_frame(truth[WINDOW_KEY]).drop_duplicates()
+    asked = windows.get_indexer(pd.MultiIndex.from_frame(lists[WINDOW_KEY]))
+    known = windows.get_indexer(pd.MultiIndex.from_frame(truth[WINDOW_KEY]))
+    pairs = (known << 32) | truth["movie_id"].to_numpy(dtype=np.int64)
+    return np.isin((asked[:, None] << 32) | films, pairs)
+
+
+def _dcg(hits: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[n_lists], the discounted gains summed by rank.
+
+    With compensation (Kahan, 1965), as pandas sums groups: so a table has the last bits, and the
+    version, that it had when pandas summed it.
+    """
+    total, lost = np.zeros(len(hits)), np.zeros(len(hits))
+    for rank, hit in enumerate(hits.T, start=1):
+        gain = np.where(hit, 1 / np.log2(rank + 1.0), 0.0) - lost
+        grown = total + gain
+        lost = grown - total - gain
+        total = grown
+    return total
 
 
 def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> pd.DataFrame:
@@ -106,7 +165,8 @@ def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> pd.DataF
     return truth.drop_duplicates().reset_index(drop=True)
 
 
-def _require_same_windows(slot: pd.DataFrame, k: int) -> None:
+def _odd_lists(slot: pd.DataFrame, k: int) -> DataError:
+    """Which list is not k slots, or which rows answered different windows."""
     lists = (
         slot.groupby([*LIST_KEY, *WINDOW_KEY])["rank"].agg(["size", "nunique", "min"]).reset_index()
     )
@@ -114,23 +174,24 @@ def _require_same_windows(slot: pd.DataFrame, k: int) -> None:
     bad = lists[(lists["size"] != k) | (lists["nunique"] != k) | (lists["min"] != 1)]
     if len(bad):
         row = bad.iloc[0]
-        raise DataError(
+        return DataError(
             f"recommendations: {row['stage']}, user {row['user_id']}, window "
             f"{row['window_index']} has {row['size']} slots, expected ranks 1 to {k} once each: "
             "materialize these recommendations again"
         )
-    first: tuple[str, set[tuple[int, int]]] | None = None
-    for name, rows in lists.groupby(LIST_KEY):
-        label = ", ".join(map(str, name))
-        keys = set(zip(rows["user_id"].tolist(), rows["window_index"].tolist(), strict=True))
-        if first is None:
-            first = (label, keys)
-        elif keys != first[1]:
-            raise DataError(
-                f"recommendations: ({label}) and ({first[0]}) answered different windows "
-                f"({len(keys - first[1])} and {len(first[1] - keys)} only there): materialize "
-                "both again, from the same prompts"
-            )
+    keys = {
+        ", ".join(map(str, name)): set(
+            zip(rows["user_id"].tolist(), rows["window_index"].tolist(), strict=True)
+        )
+        for name, rows in lists.groupby(LIST_KEY)
+    }
+    (first, wanted), *others = keys.items()
+    label, given = next(((name, given) for name, given in others if given != wanted), others[0])
+    return DataError(
+        f"recommendations: ({label}) and ({first}) answered different windows "
+        f"({len(given - wanted)} and {len(wanted - given)} only there): materialize "
+        "both again, from the same prompts"
+    )
 
 
 def metric_table(

@@ -1,7 +1,7 @@
 """Checks that nothing a recommender is asked to foresee has reached it.
 
 What belongs here: pure functions that name every problem they find; an empty list means there is
-none. They are written with plain loops and sets, without the SQL of ``windows``, so that they
+none. They are written with plain loops and sets, without the code of ``windows``, so that they
 catch its mistakes. What does not: the Dagster asset checks that call them and block on them.
 """
 

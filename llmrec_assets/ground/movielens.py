@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from llmrec_assets.ground.ordering import by_user_and_time
 from llmrec_assets.ground.places import city_state
 from llmrec_assets.ground.text_rows import RESTORE, bad_row, number_columns, rows, whole_number
 
@@ -99,7 +100,7 @@ def read_ratings(
     file = form.ratings
     columns = number_columns(directory / file, "ratings", form.ratings_separator, _RATING_FIELDS)
     require_known_ratings(columns, dataset, users, movies, file)
-    user, movie, _, timestamp = columns
+    user, movie, rating, timestamp = columns
     pair = pd.Series((user << 32) | movie)
     again = pair.duplicated()
     if again.any():
@@ -112,8 +113,8 @@ def read_ratings(
             f"repeats user {user[second]} and movie {movie[second]} of row {first + 1:,}",
             "Keep one of the two rows: a user rates a movie once.",
         )
-    order = np.lexsort((movie, timestamp, user))
-    return rating_frame([column[order] for column in columns])
+    user, timestamp, movie, rating = by_user_and_time(user, timestamp, movie, rating)
+    return rating_frame([user, movie, rating, timestamp])
 
 
 def require_known_ratings(

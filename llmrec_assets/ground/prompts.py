@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llmrec_assets.ground.completions import render_completion
@@ -27,12 +29,22 @@ _MONTHS = (
     *("July", "August", "September", "October", "November", "December"),
 )
 _GENDERS = {"M": "male", "F": "female"}
+#: What a prompt takes from its window.
+_ASKED = (
+    *("user_id", "window_index", "cutoff_timestamp"),
+    *("context_movie_ids", "context_ratings", "ground_truth_movie_ids"),
+)
 
 
 @dataclass(frozen=True)
 class Film:
     title: str
     genres: tuple[str, ...] = ()
+
+    @cached_property
+    def line(self) -> str:
+        """The film in a list of films; popular ones stand in thousands of prompts."""
+        return f"- {self.title}" + (f" [{', '.join(self.genres)}]" if self.genres else "")
 
 
 @dataclass(frozen=True)
@@ -75,25 +87,28 @@ def render_prompts(
     }
     prompts: list[str] = []
     completions: list[str] = []
-    for row in windows.to_dict("records"):
+    columns = (windows[name].tolist() for name in _ASKED)
+    for user_id, window_index, cutoff, context_ids, ratings, truth_ids in zip(
+        *columns, strict=True
+    ):
         try:
-            profile = profiles[row["user_id"]]
-            context = [films[movie_id] for movie_id in row["context_movie_ids"]]
-            truth = [films[movie_id].title for movie_id in row["ground_truth_movie_ids"]]
+            profile = profiles[user_id]
+            context = [films[movie_id] for movie_id in _numbers(context_ids)]
+            truth = [films[movie_id].title for movie_id in _numbers(truth_ids)]
         except KeyError as error:
             raise DataError(
-                f"prompts: the window {row['window_index']} of user {row['user_id']} needs id "
+                f"prompts: the window {window_index} of user {user_id} needs id "
                 f"{error.args[0]}, which is not in users or movies; materialize users, movies and "
                 "interaction_windows of one data set together"
             ) from error
-        likes = [rating >= window_recipe.liked_min for rating in row["context_ratings"]]
+        likes = [rating >= window_recipe.liked_min for rating in _numbers(ratings)]
         rated = list(zip(context, likes, strict=True))
         question = Question(
             **profile,
             liked=tuple(film for film, like in rated if like),
             disliked=tuple(film for film, like in rated if not like),
             top_k=window_recipe.top_k,
-            cutoff=render_date(int(row["cutoff_timestamp"])),
+            cutoff=render_date(int(cutoff)),
             max_per_class=recipe.max_per_class,
         )
         prompts.append(template(question))
@@ -163,9 +178,7 @@ def _listing(heading: str, films: tuple[Film, ...], most: int) -> list[str]:
     if not films:
         return []
     lines = [f"{heading}, the most recent last:"]
-    for film in films[-most:]:
-        lines.append(f"- {film.title}" + (f" [{', '.join(film.genres)}]" if film.genres else ""))
-    return lines
+    return lines + [film.line for film in films[-most:]]
 
 
 def _profile(user: dict[Any, Any]) -> dict[str, Any]:
@@ -188,6 +201,11 @@ def _age(age: Any, band: Any) -> str | None:
     if band.casefold().startswith("under"):
         return band.casefold()
     return f"{band[:-1]} years or older" if band.endswith("+") else f"{band} years old"
+
+
+def _numbers(cell: Any) -> list[int]:
+    """A list cell as Python numbers, whether it came as list or array."""
+    return np.asarray(cell).tolist()
 
 
 def _known(value: Any) -> bool:

@@ -1,8 +1,8 @@
 """Interaction windows: a user's recent films up to a cut-off, and the liked films that follow.
 
-What belongs here: valid cut-offs and the draw among them, in DuckDB SQL. What does not: the user
-split (``splits``), how a window is worded (``prompts``), and the checks that it holds
-(``leaks``, written without this SQL so that they can catch its mistakes).
+What belongs here: valid cut-offs and the draw among them. What does not: the user split
+(``splits``), how a window is worded (``prompts``), and the checks that it holds (``leaks``,
+written without this code so that they can catch its mistakes).
 
 Three rules carry the rest:
 
@@ -20,115 +20,66 @@ there, and there only, other users' data can move a window; ``temporal_time`` pr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from llmrec_assets.ground.ordering import by_user_and_time
 from llmrec_assets.ground.recipes import WindowRecipe
 from llmrec_assets.ground.schemas import INTERACTION_WINDOWS
 from llmrec_assets.ground.splits import temporal_split_time
 
-_CUTOFFS = pa.schema([("user_id", pa.int32()), ("cutoff_timestamp", pa.int64())])
-
-# ``position`` numbers a user's interactions, ``candidates`` counts those up to and including
-# this one that could be ground truth: liked, and the first rating of the film.
-_INTERACTIONS = """
-CREATE TEMP TABLE interactions AS
-WITH rated AS (
+# ``min(x, n)`` keeps a user's n smallest draws; sorting all cut-offs by their draw costs several
+# times as much. Hexadecimal digits order as the text they are.
+_DRAWN = """
+WITH draws AS (
     SELECT
-        r.user_id, r.movie_id, r.rating, r.timestamp,
-        r.rating >= $liked_min AS liked,
-        row_number() OVER (
-            PARTITION BY r.user_id, coalesce(c.canonical_movie_id, r.movie_id)
-            ORDER BY r.timestamp, r.movie_id, r.rating
-        ) = 1 AS first_rating,
-        r.user_id IN (SELECT user_id FROM user_splits WHERE split = 'train') AS trains
-    FROM ratings AS r
-    LEFT JOIN canonical AS c ON c.movie_id = r.movie_id
-    WHERE $split_time IS NULL OR r.timestamp <= $split_time OR NOT trains
-)
-SELECT
-    user_id, movie_id, rating, timestamp, trains,
-    liked AND first_rating AS candidate,
-    row_number() OVER history AS position,
-    count(*) FILTER (liked) OVER history AS n_liked,
-    count(*) FILTER (liked AND first_rating) OVER history AS candidates,
-    count(*) FILTER (liked AND first_rating) OVER (PARTITION BY user_id) AS all_candidates,
-    lead(timestamp) OVER history IS DISTINCT FROM timestamp AS ends_its_time
-FROM rated
-WINDOW history AS (
-    PARTITION BY user_id ORDER BY timestamp, movie_id, rating
-    ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
-)
-"""
-
-_VALID = """
-CREATE TEMP TABLE valid AS
-SELECT user_id, timestamp AS cutoff_timestamp, position, candidates
-FROM interactions
-WHERE ends_its_time
-  AND ($split_time IS NULL OR trains OR timestamp >= $split_time)
-  AND all_candidates - candidates >= $min_ground_truth
-  AND CASE WHEN $both
-      THEN n_liked >= $min_per_class AND position - n_liked >= $min_per_class
-      ELSE n_liked >= $min_per_class OR position - n_liked >= $min_per_class
-  END
-"""
-
-# Lists are built for drawn cut-offs only: there are hundreds of valid ones per drawn one.
-_WINDOWS = """
-WITH ordered AS (
-    SELECT
-        valid.*, s.split,
-        count(*) OVER (PARTITION BY valid.user_id) AS n_valid_cutoffs,
-        row_number() OVER (
-            PARTITION BY valid.user_id
-            ORDER BY
-                md5($seed || ':' || valid.user_id || ':' || valid.cutoff_timestamp),
-                valid.cutoff_timestamp
-        ) AS draw
+        user_id, count(*) AS n_valid_cutoffs,
+        min(
+            struct_pack(
+                draw := md5($seed || ':' || user_id || ':' || cutoff_timestamp),
+                cutoff := cutoff_timestamp,
+                place := place
+            ),
+            $most
+        ) AS smallest
     FROM valid
-    JOIN user_splits AS s ON s.user_id = valid.user_id
-),
-drawn AS (
-    SELECT
-        *,
-        row_number() OVER (PARTITION BY user_id ORDER BY cutoff_timestamp) - 1 AS window_index
-    FROM ordered
-    WHERE draw <= CASE split
-        WHEN 'train' THEN $train WHEN 'validation' THEN $validation WHEN 'test' THEN $test
-    END
-),
-context AS (
-    SELECT
-        d.user_id, d.cutoff_timestamp,
-        list(i.movie_id ORDER BY i.position) AS context_movie_ids,
-        list(i.rating ORDER BY i.position) AS context_ratings
-    FROM drawn AS d
-    JOIN interactions AS i
-      ON i.user_id = d.user_id
-     AND i.position > d.position - $window_size AND i.position <= d.position
-    GROUP BY d.user_id, d.cutoff_timestamp
-),
-following AS (
-    SELECT
-        d.user_id, d.cutoff_timestamp,
-        list(i.movie_id ORDER BY i.position) AS ground_truth_movie_ids
-    FROM drawn AS d
-    JOIN interactions AS i
-      ON i.user_id = d.user_id AND i.candidate
-     AND i.candidates > d.candidates AND i.candidates <= d.candidates + $top_k
-    GROUP BY d.user_id, d.cutoff_timestamp
+    GROUP BY user_id
 )
-SELECT
-    d.user_id, d.window_index, d.split, d.cutoff_timestamp,
-    d.position AS n_history, d.n_valid_cutoffs,
-    context_movie_ids, context_ratings, ground_truth_movie_ids
-FROM drawn AS d
-JOIN context USING (user_id, cutoff_timestamp)
-JOIN following USING (user_id, cutoff_timestamp)
-ORDER BY d.user_id, d.window_index
+SELECT s.split, d.n_valid_cutoffs, unnest(smallest[:CASE s.split
+    WHEN 'train' THEN $train WHEN 'validation' THEN $validation WHEN 'test' THEN $test
+END]).place AS place
+FROM draws AS d
+JOIN user_splits AS s ON s.user_id = d.user_id
+ORDER BY place
 """
+
+
+@dataclass(frozen=True)
+class _Histories:
+    """All interactions by (user, time, film, rating), and what is known at each of them.
+
+    Every array has one element per interaction; counts are of the user's own history.
+    """
+
+    user_id: NDArray[np.int64]
+    timestamp: NDArray[np.int64]
+    movie_id: NDArray[np.int64]
+    rating: NDArray[np.int64]
+    candidate: NDArray[np.bool_]
+    """could be ground truth: liked, and the first rating of the film"""
+    position: NDArray[np.int32]
+    """interactions up to and including this one"""
+    candidates_before: NDArray[np.int32]
+    """candidates up to and including this one, those of all earlier users with them"""
+    candidates_left: NDArray[np.int32]
+    """candidates that follow"""
+    valid: NDArray[np.int64]
+    """where the valid cut-offs are: the last interactions of their (user, time) groups"""
 
 
 def valid_cutoffs(
@@ -161,11 +112,13 @@ def valid_cutoffs(
         user_splits = pd.DataFrame({"user_id": [], "split": []}).astype(
             {"user_id": "int32", "split": "str"}
         )
-    with _connection(ratings, user_splits, recipe, canonical, threads=2) as connection:
-        found = connection.sql(
-            "SELECT user_id, cutoff_timestamp FROM valid ORDER BY user_id, cutoff_timestamp"
-        ).to_arrow_table()
-    return found.cast(_CUTOFFS).to_pandas()
+    histories = _histories(ratings, user_splits, recipe, canonical)
+    return pd.DataFrame(
+        {
+            "user_id": histories.user_id[histories.valid].astype(np.int32),
+            "cutoff_timestamp": histories.timestamp[histories.valid],
+        }
+    )
 
 
 def interaction_windows(
@@ -197,49 +150,147 @@ def interaction_windows(
     Returns:
         ``INTERACTION_WINDOWS``, ordered by (user, window); zero rows when no cut-off is valid.
     """
-    per_user = recipe.windows_per_user
-    with _connection(ratings, user_splits, recipe, canonical, threads) as connection:
-        found = connection.sql(
-            _WINDOWS,
-            params={
-                "seed": str(seed),
-                "window_size": recipe.window_size,
-                "top_k": recipe.top_k,
-                "train": per_user.train,
-                "validation": per_user.validation,
-                "test": per_user.test,
-            },
-        ).to_arrow_table()
-    return found.cast(INTERACTION_WINDOWS).to_pandas()
+    histories = _histories(ratings, user_splits, recipe, canonical)
+    drawn = _drawn(histories, user_splits, recipe, seed, threads)
+    at = drawn.column("place").to_numpy()
+    users = histories.user_id[at]
+    first = _starts(users)
+    n_context = np.minimum(histories.position[at], recipe.window_size)
+    context = _ranges(at + 1 - n_context, n_context)
+    n_following = np.minimum(histories.candidates_left[at], recipe.top_k)
+    following = _ranges(histories.candidates_before[at], n_following)
+    candidates = histories.movie_id[histories.candidate]
+    columns = {
+        "user_id": users,
+        "window_index": np.arange(len(at)) - np.repeat(first, np.diff(first, append=len(at))),
+        "split": drawn.column("split"),
+        "cutoff_timestamp": histories.timestamp[at],
+        "n_history": histories.position[at],
+        "n_valid_cutoffs": drawn.column("n_valid_cutoffs"),
+        "context_movie_ids": context.of(histories.movie_id),
+        "context_ratings": context.of(histories.rating),
+        "ground_truth_movie_ids": following.of(candidates),
+    }
+    return pa.table(columns).cast(INTERACTION_WINDOWS).to_pandas()
 
 
-def _connection(
+def _histories(
     ratings: pd.DataFrame,
     user_splits: pd.DataFrame,
     recipe: WindowRecipe,
     canonical: pd.DataFrame | None,
-    threads: int,
-) -> duckdb.DuckDBPyConnection:
-    """An in-memory database that holds ``interactions`` and ``valid``."""
-    if canonical is None:
-        canonical = pd.DataFrame({"movie_id": [], "canonical_movie_id": []}, dtype="int32")
-    connection = duckdb.connect(":memory:", config={"threads": threads})
-    connection.register("ratings", _arrow(ratings, "user_id", "movie_id", "rating", "timestamp"))
-    connection.register("canonical", _arrow(canonical, "movie_id", "canonical_movie_id"))
-    connection.register("user_splits", _arrow(user_splits, "user_id", "split"))
+) -> _Histories:
+    """On whole columns, each ordered once: a SQL window function sorts and counts anew for every
+    partition, at several times the cost (docs/performance.md)."""
     # without a rating there is no window to cut and no time to find
     split_time = None if ratings.empty else temporal_split_time(ratings, recipe)
-    connection.execute(_INTERACTIONS, {"liked_min": recipe.liked_min, "split_time": split_time})
-    connection.execute(
-        _VALID,
-        {
-            "split_time": split_time,
-            "min_ground_truth": recipe.min_ground_truth,
-            "min_per_class": recipe.min_per_class,
-            "both": recipe.balance == "both",
-        },
+    columns = [ratings[name].to_numpy() for name in ("user_id", "timestamp", "movie_id", "rating")]
+    user, timestamp, movie, rating = by_user_and_time(*columns)
+    trains = np.isin(user, user_splits.loc[user_splits["split"] == "train", "user_id"].to_numpy())
+    if split_time is not None:
+        known = (timestamp <= split_time) | ~trains
+        user, timestamp, movie, rating = (
+            column[known] for column in (user, timestamp, movie, rating)
+        )
+        trains = trains[known]
+    liked = rating >= recipe.liked_min
+    rated_before = pd.Series((user << 32) | _films(movie, canonical)).duplicated().to_numpy()
+    candidate = liked & ~rated_before
+
+    starts = _starts(user)
+    sizes = np.diff(starts, append=len(user))
+    position = (np.arange(len(user)) - np.repeat(starts, sizes) + 1).astype(np.int32)
+    n_liked = np.cumsum(liked, dtype=np.int32)
+    n_liked -= np.repeat(n_liked[starts] - liked[starts], sizes)
+    candidates_before = np.cumsum(candidate, dtype=np.int32)
+    candidates_left = np.repeat(candidates_before[starts + sizes - 1], sizes) - candidates_before
+
+    enough_liked = n_liked >= recipe.min_per_class
+    enough_disliked = position - n_liked >= recipe.min_per_class
+    valid = np.ones(len(user), dtype=np.bool_)  # the last of its user and time
+    valid[:-1] = (user[1:] != user[:-1]) | (timestamp[1:] != timestamp[:-1])
+    valid &= candidates_left >= recipe.min_ground_truth
+    if recipe.balance == "both":
+        valid &= enough_liked & enough_disliked
+    else:
+        valid &= enough_liked | enough_disliked
+    if split_time is not None:
+        valid &= trains | (timestamp >= split_time)
+    return _Histories(
+        user,
+        timestamp,
+        movie,
+        rating,
+        candidate,
+        position,
+        candidates_before,
+        candidates_left,
+        np.flatnonzero(valid),
     )
-    return connection
+
+
+def _films(movie: NDArray[np.int64], canonical: pd.DataFrame | None) -> NDArray[np.int64]:
+    """Canonical movie ids; a film that ``canonical`` lacks is its own."""
+    if canonical is None or canonical.empty:
+        return movie
+    pairs = canonical[canonical["movie_id"] != canonical["canonical_movie_id"]]
+    films = movie.copy()
+    for movie_id, film in zip(pairs["movie_id"], pairs["canonical_movie_id"], strict=True):
+        films[movie == movie_id] = film
+    return films
+
+
+def _drawn(
+    histories: _Histories,
+    user_splits: pd.DataFrame,
+    recipe: WindowRecipe,
+    seed: int,
+    threads: int,
+) -> pa.Table:
+    """``split``, ``n_valid_cutoffs`` and ``place`` (in the arrays) of every drawn cut-off."""
+    per_user = recipe.windows_per_user
+    valid = pa.table(
+        {
+            "user_id": histories.user_id[histories.valid],
+            "cutoff_timestamp": histories.timestamp[histories.valid],
+            "place": histories.valid,
+        }
+    )
+    with duckdb.connect(":memory:", config={"threads": threads}) as connection:
+        connection.register("valid", valid)
+        connection.register("user_splits", _arrow(user_splits, "user_id", "split"))
+        return connection.sql(
+            _DRAWN,
+            params={
+                "seed": str(seed),
+                "train": per_user.train,
+                "validation": per_user.validation,
+                "test": per_user.test,
+                "most": max(per_user.train, per_user.validation, per_user.test),
+            },
+        ).to_arrow_table()
+
+
+@dataclass(frozen=True)
+class _Ranges:
+    """Ranges of positions, one after another in ``positions``, apart at ``offsets``."""
+
+    offsets: NDArray[np.int32]
+    positions: NDArray[np.int64]
+
+    def of(self, values: NDArray[np.int64]) -> pa.ListArray:
+        """The values of each range as a list."""
+        return pa.ListArray.from_arrays(pa.array(self.offsets), pa.array(values[self.positions]))
+
+
+def _ranges(start: NDArray[np.integer], size: NDArray[np.integer]) -> _Ranges:
+    offsets = np.concatenate([[0], np.cumsum(size)]).astype(np.int32)
+    return _Ranges(offsets, np.repeat(start - offsets[:-1], size) + np.arange(offsets[-1]))
+
+
+def _starts(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run of equal ids begins."""
+    return np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])[: len(ids)])
 
 
 def _arrow(frame: pd.DataFrame, *columns: str) -> pa.Table:

@@ -208,6 +208,9 @@ def test_user_metrics_refuse_what_cannot_be_compared() -> None:
         user_metrics(pd.concat([base, sft]), prompts, MOVIES)
     with pytest.raises(DataError, match="user 2, window 0 has no prompt"):
         user_metrics(base, prompts.iloc[:1], MOVIES)
+    mixed = base.assign(prompts_version=["p0", "p0", "p0", "p1"])
+    with pytest.raises(DataError, match="user 2, window 0 has slots of more than one prompts_v"):
+        user_metrics(mixed, prompts, MOVIES)
     _conforms(user_metrics(base.iloc[:0], prompts, MOVIES), USER_METRICS)
 
 

@@ -1,0 +1,51 @@
+"""Ratings in the one order that everything is read in: by user, then time, then film.
+
+What belongs here: sorting rating columns. What does not: what the columns mean (``movielens``,
+``windows``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def by_user_and_time(
+    user: Ints, timestamp: Ints, movie: Ints, rating: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The four columns ordered by (user, timestamp, movie, rating).
+
+    A row whose numbers fit into 63 bits together is sorted as one number, which NumPy does with the
+    processor's vector instructions, some ten times faster than by four keys; other rows are sorted
+    by the keys. The result is the same.
+
+    Args:
+        user, timestamp, movie, rating: integers of one length, in any order.
+
+    Returns:
+        user, timestamp, movie, rating as int64.
+    """
+    columns = [np.asarray(column, dtype=np.int64) for column in (user, timestamp, movie, rating)]
+    if not len(columns[0]):
+        return columns[0], columns[1], columns[2], columns[3]
+    lows = [int(column.min()) for column in columns]
+    widths = [
+        (int(column.max()) - low).bit_length() for column, low in zip(columns, lows, strict=True)
+    ]
+    if sum(widths) > 63:
+        order = np.lexsort(columns[::-1])
+        user, timestamp, movie, rating = (column[order] for column in columns)
+        return user, timestamp, movie, rating
+    key = columns[0] - lows[0]
+    for column, low, width in zip(columns[1:], lows[1:], widths[1:], strict=True):
+        key <<= width
+        key |= column - low
+    key.sort()
+    found = []
+    for low, width in zip(lows[::-1], widths[::-1], strict=True):
+        found.append((key & ((1 << width) - 1)) + low)
+        key >>= width
+    rating, movie, timestamp, user = found
+    return user, timestamp, movie, rating
