@@ -18,6 +18,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from ui_session import clicked, page, page_or_none, ui  # noqa: F401  (fixtures for all tests)
 
 from llmrec_assets.definitions import build_defs
 from llmrec_assets.ground.store import Store

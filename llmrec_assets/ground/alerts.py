@@ -1,10 +1,11 @@
 """Telling somebody outside that a run has failed: a webhook.
 
 What belongs here: where alerts go, by the environment, and one HTTP POST. What does not: when there
-is something to tell, and e-mail, which Dagster sends (``orchestration.alerts``).
+is something to tell, and e-mail, which Dagster sends (``orchestration.alerts``); what no alert may
+hold (``redaction``).
 
 A webhook's URL is a secret: whoever knows it can post. It is in no message, log or error of this
-module; nor is it, the e-mail password or the hub's token in what is posted.
+module.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ EMAIL = (
     "LLMREC_ALERT_EMAIL_PASSWORD",
 )
 
-_SECRETS = (WEBHOOK, "LLMREC_ALERT_EMAIL_PASSWORD", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _TIMEOUT_S = (5, 10)
 
@@ -67,12 +67,3 @@ def post(url: str, alert: Mapping[str, object]) -> str | None:
     if answer.status_code >= 300:
         return f"the alert webhook at {host} answered {answer.status_code}"
     return None
-
-
-def without_secrets(text: str) -> str:
-    """The text with the webhook's URL, the e-mail password and the hub's tokens blotted out."""
-    for name in _SECRETS:
-        secret = os.environ.get(name, "").strip()
-        if secret:
-            text = text.replace(secret, f"<{name}>")
-    return text

@@ -18,6 +18,10 @@ from llmrec_assets.ground.recommendations import LIST_KEY, Row
 _TOLD = {HYBRID: f"{HYBRID} (hybrid: EASE proposes, the LLM orders)"}
 
 
+#: Columns of ``readable`` that say how sound the lists are.
+VALIDITY = ["parsable %", "in catalogue %", "duplicate %", "seen %"]
+
+
 def readable(metric_table: pd.DataFrame) -> pd.DataFrame:
     """The metric table as text, in per cent with intervals.
 

@@ -40,6 +40,16 @@ def forest(metric_table: pd.DataFrame, slug: str) -> list[Block]:
     """NDCG of all rows of one protocol with intervals, best first; ``slug`` names the file."""
     if metric_table.empty:
         return []
+    k = metric_table["k"].iloc[0]
+    title = f"NDCG@{k} in per cent with intervals, best first; broken lines: popularity"
+    return [
+        Pictures([Picture(title, forest_png(metric_table), f"figures/forest{slug}.png")]),
+        Paragraph(forest_words(metric_table)),
+    ]
+
+
+def forest_png(metric_table: pd.DataFrame) -> bytes:
+    """NDCG of all rows of one protocol with intervals, best first, as PNG."""
     labels, k = row_labels(metric_table), metric_table["k"].iloc[0]
     rows = [
         Estimate(
@@ -56,12 +66,7 @@ def forest(metric_table: pd.DataFrame, slug: str) -> list[Block]:
         for row in metric_table.to_dict("records")
         if row["stage"] == POPULARITY
     }
-    title = f"NDCG@{k} in per cent with intervals, best first; broken lines: popularity"
-    png = forest_plot(rows, bars, x=f"NDCG@{k} in per cent")
-    return [
-        Pictures([Picture(title, png, f"figures/forest{slug}.png")]),
-        Paragraph(forest_words(metric_table)),
-    ]
+    return forest_plot(rows, bars, x=f"NDCG@{k} in per cent")
 
 
 def comparison_section(

@@ -20,6 +20,7 @@ from filelock import FileLock
 from llmrec_assets.ground.archives import contains, sha256_of, unpack
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.movielens import FORMATS, DatasetFormat
+from llmrec_assets.ground.redaction import without_secrets
 
 Log = Callable[[str], None]
 
@@ -289,7 +290,7 @@ def _difference(path: Path, archive: OfficialArchive) -> str | None:
 
 def _download(dataset: str, archive: OfficialArchive, part: Path, log: Log) -> None:
     """Fetches the archive into ``part``, taking up what is already there."""
-    problem: Exception | str = ""
+    problem = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             wait = RETRY_WAIT_S * 2 ** (attempt - 1)
@@ -299,11 +300,14 @@ def _download(dataset: str, archive: OfficialArchive, part: Path, log: Log) -> N
             _fetch_rest(dataset, archive, part, log)
             return
         except requests.HTTPError as error:
-            problem = error
+            problem = without_secrets(str(error))
             if error.response.status_code < 500 and error.response.status_code != 429:
                 break
+        except _UnusableProxy as error:
+            problem = str(error)
+            break
         except requests.RequestException as error:
-            problem = error
+            problem = without_secrets(str(error))
     raise DataError(
         f"{dataset}: {archive.url} cannot be downloaded ({problem}). Check the network and proxy "
         "settings (HTTPS_PROXY) and retry: what has arrived is kept. Without network, set "
@@ -311,11 +315,30 @@ def _download(dataset: str, archive: OfficialArchive, part: Path, log: Log) -> N
     )
 
 
+class _UnusableProxy(requests.RequestException):
+    """The environment names a proxy by something that is no URL."""
+
+
+def _open(url: str, headers: Mapping[str, str]) -> requests.Response:
+    try:
+        return requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S)
+    # The archive's URL is ours and sound, so these are about the proxy's. What they say may quote
+    # it, with a password cut anywhere: only their kind is told. TypeError: it has no host.
+    except (
+        requests.exceptions.InvalidURL,
+        requests.exceptions.InvalidSchema,
+        requests.exceptions.MissingSchema,
+        TypeError,
+    ) as error:
+        kind = type(error).__name__
+        raise _UnusableProxy(f"the environment's proxy URL cannot be used: {kind}") from None
+
+
 def _fetch_rest(dataset: str, archive: OfficialArchive, part: Path, log: Log) -> None:
     have = part.stat().st_size if part.exists() else 0
     # Not compressed on the way: a byte range must count the file's own bytes.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(archive.url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+    with _open(archive.url, headers) as response:
         if response.status_code == 416:  # nothing after what is there: complete, or too much
             if _difference(part, archive) is None:
                 return

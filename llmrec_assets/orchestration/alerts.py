@@ -11,6 +11,7 @@ import dagster as dg
 
 from llmrec_assets.ground import alerts
 from llmrec_assets.ground.errors import LlmrecError
+from llmrec_assets.ground.redaction import without_secrets
 
 _LONGEST = 1000
 
@@ -63,7 +64,7 @@ def failure_text(context: dg.RunFailureSensorContext) -> str:
             error = error.cause
         message = f"step {steps[0].step_key}: {(error and error.message) or steps[0].message}"
     text = f"llmrec_assets: {what} failed (run {run.run_id})\n{message.strip()}"
-    return alerts.without_secrets(text)[:_LONGEST]
+    return without_secrets(text)[:_LONGEST]
 
 
 def _as_html(context: dg.RunFailureSensorContext) -> str:

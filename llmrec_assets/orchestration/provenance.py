@@ -110,16 +110,7 @@ def lineage_metadata(lineage: Lineage) -> dict[str, Any]:
     with a link to the run that made it."""
     root, *others = lineage.nodes.values()
     made = root.provenance or Provenance({})
-    shown: dict[str, Any] = {
-        "made_with": dg.MetadataValue.json(
-            {
-                "code": made.code,
-                "commit": made.commit,
-                "machine": made.machine,
-                "libraries": made.libraries,
-            }
-        )
-    }
+    shown: dict[str, Any] = {}
     if made.run_id is not None:
         shown["made_in_run"] = dg.MetadataValue.dagster_run(made.run_id)
     if made.seed is not None:
@@ -134,4 +125,15 @@ def lineage_metadata(lineage: Lineage) -> dict[str, Any]:
             partition = node.partition.replace("|", "\\|")
             lines.append(f"| {node.asset} | {partition} | {node.version} | {link} |")
         shown["made_from"] = dg.MetadataValue.md("\n".join(lines))
-    return shown
+    return shown | {"made_with": dg.MetadataValue.md(_made_with(made))}
+
+
+def _made_with(made: Provenance) -> str:
+    # A few lines: as JSON, or as a table, it would push everything else off the page.
+    code = {"version": made.code, "commit": made.commit}
+    parts = {"code": code, "machine": made.machine or {}, "libraries": made.libraries or {}}
+    lines = []
+    for part, facts in parts.items():
+        told = [f"{name} {fact}" for name, fact in facts.items() if fact is not None]
+        lines.append(f"**{part}**: {', '.join(told) or 'not recorded'}")
+    return "\n\n".join(lines)

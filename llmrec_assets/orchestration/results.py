@@ -180,14 +180,15 @@ def checkpoint_result(
     yield dg.MaterializeResult(
         value=path,
         data_version=dg.DataVersion(path.name),
+        # In the order a reader asks: what came out, where it lies, where it comes from.
         metadata={
-            "path": dg.MetadataValue.path(str(path)),
             "reused": found is not None,
-            "megabytes": round(size / 1e6, 1),
-            "published_at": manifest["published_at"],
-            "determinants": dg.MetadataValue.json(manifest["determinants"]),
-            **lineage_metadata(trace(store, asset, partition, path.name)),
             **describe(manifest["facts"]),
+            "path": dg.MetadataValue.path(str(path)),
+            "megabytes": round(size / 1e6, 3),
+            "published_at": manifest["published_at"],
+            **lineage_metadata(trace(store, asset, partition, path.name)),
+            "determinants": dg.MetadataValue.json(manifest["determinants"]),
         },
     )
 
@@ -219,4 +220,14 @@ def curve(points: Sequence[Sequence[float]], x: str, y: str) -> dg.MetadataValue
 
 def picture(png: bytes, name: str) -> dg.MetadataValue:
     """A PNG as metadata that the UI shows in place."""
-    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
+    return pictures({name: png})
+
+
+def pictures(pngs: Mapping[str, bytes]) -> dg.MetadataValue:
+    """PNGs by name, one below the other, as metadata that the UI shows in place."""
+    return dg.MetadataValue.md(
+        "\n\n".join(
+            f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
+            for name, png in pngs.items()
+        )
+    )

@@ -334,6 +334,45 @@ def test_without_network(
     assert len(server.asked) == 0
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://bertha:s3cret@proxy:port",
+        "http://bertha:s3cret@[half",
+        "http://bertha:s3/s3cret@127.0.0.1:1",
+        "http://bertha:s3cret@",
+        "bertha:s3cret@proxy.example:99999",
+        "ftp://bertha:s3cret@127.0.0.1:1",
+        "://bertha:s3cret@127.0.0.1",
+    ],
+)
+def test_a_malformed_proxy_is_said_once_and_without_its_password(
+    url: str, server: Server, find: Find, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", url)
+    monkeypatch.setattr(sources, "RETRY_WAIT_S", 60)
+    with pytest.raises(DataError, match="the environment's proxy URL cannot be used") as caught:
+        find()
+    told = str([caught.value, caught.value.__cause__, caught.value.__context__, *lines])
+    assert "s3" not in told and "bertha" not in told
+
+
+def test_a_proxy_that_is_not_there_is_told_without_its_password(
+    server: Server, find: Find, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        monkeypatch.setenv("http_proxy", f"http://bertha:s3cret@127.0.0.1:{port}")
+        with pytest.raises(DataError, match="Unable to connect to proxy") as caught:
+            find()
+    assert "s3cret" not in f"{caught.value} {lines}"
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, server: Server, find: Find) -> None:
     (tmp_path / "cache").write_bytes(b"a file stands in the way")
     with pytest.raises(DataError, match="cannot be used for downloads"):

@@ -13,7 +13,7 @@ from llmrec_assets.ground.answers import baselines_version
 from llmrec_assets.ground.groups import group_metrics as by_group
 from llmrec_assets.ground.groups import user_groups
 from llmrec_assets.ground.recommendations import evaluated_prompts
-from llmrec_assets.ground.report import markdown_table, readable, readable_pairs
+from llmrec_assets.ground.report import VALIDITY, markdown_table, readable, readable_pairs
 from llmrec_assets.ground.report_inputs import (
     TABLES,
     TRAININGS,
@@ -22,6 +22,7 @@ from llmrec_assets.ground.report_inputs import (
     write_report,
 )
 from llmrec_assets.ground.report_page import build_report
+from llmrec_assets.ground.report_sections import forest_png
 from llmrec_assets.ground.score_checks import score_problems
 from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.ground.stages import (
@@ -50,6 +51,7 @@ from llmrec_assets.orchestration.results import (
     TableResult,
     checked_table_result,
     checkpoint_result,
+    pictures,
     table_result,
 )
 
@@ -57,6 +59,7 @@ GROUP = "evaluation"
 
 SCORES_HOLD = "scores_hold"
 _MADE_FROM = "user_metrics_version"
+_LIST = ["stage", "decoding", "sees"]
 
 
 def _current_stages(
@@ -227,16 +230,23 @@ def metric_table(
         top_k=recipe.windows.top_k,
         comparisons=comparisons,
     )
+    shown = readable(frame)
     return table_result(
         "metric_table",
         frame,
         {
-            "table": dg.MetadataValue.md(markdown_table(readable(frame))),
+            # Two tables: with all its columns one is wider than the UI's window.
+            "table": dg.MetadataValue.md(markdown_table(shown.drop(columns=VALIDITY))),
+            "validity": dg.MetadataValue.md(markdown_table(shown[[*_LIST, *VALIDITY]])),
+            "plot": pictures(
+                {name: forest_png(rows) for name, rows in frame.groupby("protocol", sort=False)}
+            ),
             "missing_or_stale_stages": missing_stages(frame) or "none",
             "base_model": recipe.base_model.label,
+            # As numbers: the UI draws them over time.
             **{
-                f"ndcg_{row['stage']}_{row['decoding']}_{row['information_set']}": float(
-                    row["ndcg"]
+                f"ndcg_{row['stage']}_{row['decoding']}_{row['information_set']}": round(
+                    float(row["ndcg"]), 4
                 )
                 for row in frame.to_dict("records")
             },

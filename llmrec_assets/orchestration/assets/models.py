@@ -125,9 +125,9 @@ def sft_checkpoint(
         determinants,
         build,
         lambda facts: {
-            "expected_peak_memory_gb": recipe.expected_peak_memory_gb,
-            **_describe(facts),
             "loss": curve(facts["losses"], x="step", y="training loss"),
+            **_describe(facts),
+            "expected_peak_memory_gb": recipe.expected_peak_memory_gb,
         },
         lambda facts: _train_only(facts, user_splits),
     )
@@ -383,15 +383,15 @@ def _require_space(
 
 
 def _describe(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A training's facts as metadata, its curves as pictures."""
-    hidden = ("losses", "curves", "libraries", "trained_user_ids")
-    shown = {name: value for name, value in facts.items() if name not in hidden}
-    described = {
-        name: dg.MetadataValue.json(value) if isinstance(value, (dict, list)) else value
-        for name, value in shown.items()
-    }
-    described["libraries"] = dg.MetadataValue.json(facts["libraries"])
-    described["trained_users"] = len(facts.get("trained_user_ids") or [])
+    """A training's facts as metadata, its curves as pictures. The run and the libraries stand in
+    the record of where it comes from."""
+    hidden = ("losses", "curves", "libraries", "run_id", "trained_user_ids")
+    described: dict[str, Any] = {}
     if facts.get("curves"):
         described["curves"] = picture(curves_plot(facts["curves"], x="step"), "curves")
+    for name, value in facts.items():
+        if name not in hidden:
+            is_nested = isinstance(value, (dict, list))
+            described[name] = dg.MetadataValue.json(value) if is_nested else value
+    described["trained_users"] = len(facts.get("trained_user_ids") or [])
     return described
