@@ -43,7 +43,11 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 def dead_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     """Unfinished runs of this command on this host whose process is gone."""
     unfinished = dg.RunsFilter(
-        statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING],
+        statuses=[
+            dg.DagsterRunStatus.NOT_STARTED,  # killed between its record and its first event
+            dg.DagsterRunStatus.STARTING,
+            dg.DagsterRunStatus.STARTED,
+        ],
     )
     dead = []
     for run in instance.get_runs(filters=unfinished):

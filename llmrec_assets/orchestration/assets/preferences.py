@@ -67,7 +67,7 @@ def sampled_responses(
             return
         from llmrec_assets.models.sampled import sample_responses
 
-        with gpu.lease(context.log, f"sampled_responses {partition}") as device:
+        with store.writing(), gpu.lease(context.log, f"sampled_responses {partition}") as device:
             frame, facts = sample_responses(
                 prompts.frame,
                 base_model,
