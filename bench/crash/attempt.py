@@ -40,10 +40,16 @@ class Place:
 
     root: Path
     sample: Path
+    home_elsewhere: Path | None = None
+    history_elsewhere: Path | None = None
 
     @property
     def home(self) -> Path:
-        return self.root / "home"
+        return self.home_elsewhere or self.root / "home"
+
+    @property
+    def history(self) -> Path:
+        return self.history_elsewhere or self.root / "dagster"
 
     @property
     def trace(self) -> Path:
@@ -64,7 +70,7 @@ class Place:
             "LLMREC_SAMPLE_DIR": str(self.sample),
             "LLMREC_RECIPES_DIR": str(RECIPES),
             "LLMREC_DEVICE": "cpu",
-            "DAGSTER_HOME": str(self.root / "dagster"),
+            "DAGSTER_HOME": str(self.history),
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,31 @@ WRITTEN: Sequence[tuple[str, str, str]] = (
 )
 
 
+@dataclass(frozen=True)
+class Fault:
+    """``of_home``: ``LLMREC_HOME`` lies on the disk that refuses, else ``DAGSTER_HOME`` does."""
+
+    name: str
+    begin: Callable[[Path], None]
+    end: Callable[[Path], None]
+    of_home: bool = True
+    while_writing: Collection[str] = tuple(what for what, _, _ in WRITTEN)
+
+
+FAULTS = (
+    Fault("full", fill, make_room),
+    Fault("read-only", forbid, allow),
+    Fault(
+        "full, with Dagster's history",
+        fill,
+        make_room,
+        of_home=False,
+        while_writing=("a table", "a training state"),
+    ),
+)
+_THE_END = "the end"
+
+
 def run_faults(out: Path, say: Callable[[str], None]) -> None:
     """Each fault in turn within one run per kind of fault, and two runs at once; what was seen
     stands in ``faults.jsonl``.
@@ -99,46 +125,36 @@ def run_faults(out: Path, say: Callable[[str], None]) -> None:
     operations = [(step, what) for _, step, what in reference["operations"]]
     journal = Journal(out / "faults.jsonl")
     done = {(e["fault"], e["what"]) for e in journal.read()}
-    for fault, begin, end in (
-        ("full", fill, make_room),
-        ("read-only", forbid, allow),
-    ):
-        if (fault, "the end") in done:
+    for fault in FAULTS:
+        if (fault.name, _THE_END) in done:
             continue
         with file_system(out / "file-system") as directory:
-            place = _Elsewhere(out / fault, out / "sample", directory)
+            place = Place(
+                out / fault.name.replace(" ", "-"),
+                out / "sample",
+                home_elsewhere=directory / "home" if fault.of_home else None,
+                history_elsewhere=None if fault.of_home else directory / "dagster",
+            )
             shutil.rmtree(place.root, ignore_errors=True)
             place.root.mkdir(parents=True)
             before: dict[str, list[str]] = {}
             for what, step, part in WRITTEN:
+                if what not in fault.while_writing:
+                    continue
                 at = next((s, o) for s, o in operations if s == step and part in o)
-                seen = _one(place, at, lambda b=begin: b(directory), before, expected, end)
+                seen = _one(place, directory, at, fault, before, expected)
                 before = seen.pop("published")
-                journal.write(fault=fault, what=what, step=step, **seen)
-                say(f"{fault}, {what}: {seen}")
+                journal.write(fault=fault.name, what=what, step=step, **seen)
+                say(f"{fault.name}, {what}: {seen}")
             status, said = _command(place, None, None)
-            found = look.found_at(place)
-            lost = look.unequal(found, expected)
-            lost += look.unwell_at(place)
-            journal.write(fault=fault, what="the end", status=status, said=said, lost=lost)
-            say(f"{fault}: ended with {status}, lost {lost or 0}")
+            lost = look.unequal(look.found_at(place), expected) + look.unwell_at(place)
+            journal.write(fault=fault.name, what=_THE_END, status=status, said=said, lost=lost)
+            say(f"{fault.name}: ended with {status}, lost {lost or 0}")
     for what in ("an empty home", "a filled home"):
         if ("two at once", what) not in done:
             seen = _two_at_once(out, what == "an empty home", expected)
             journal.write(fault="two at once", what=what, **seen)
             say(f"two at once, {what}: {seen}")
-
-
-class _Elsewhere(Place):
-    """``LLMREC_HOME`` alone lies on the file system that refuses."""
-
-    def __init__(self, root: Path, sample: Path, directory: Path) -> None:
-        super().__init__(root, sample)
-        object.__setattr__(self, "directory", directory)
-
-    @property
-    def home(self) -> Path:
-        return Path(vars(self)["directory"]) / "home"
 
 
 def _command(
@@ -154,20 +170,22 @@ def _command(
 
 def _one(
     place: Place,
+    directory: Path,
     at: tuple[str, str],
-    begin: Callable[[], None],
+    fault: Fault,
     before: dict[str, list[str]],
     expected: look.Found,
-    end: Callable[[Path], None],
 ) -> dict[str, Any]:
-    status, said = _command(place, at, begin)
-    end(place.home.parent)
+    """The command meets the fault at that operation, and ends; then the fault is ended."""
+    since = place.output.stat().st_size if place.output.exists() else 0
+    status, said = _command(place, at, lambda: fault.begin(directory))
+    fault.end(directory)
     found = look.found_at(place)
-    traceback = "Traceback" in place.output.read_text(errors="replace")
+    traceback = b"Traceback" in place.output.read_bytes()[since:]
     return {
         "at": " ".join(at),
         "status": status,
-        "said": said.replace(str(place.home.parent), "…"),
+        "said": said.replace(str(directory), "…"),
         "told": status == 1 and said.startswith("llmrec: ") and "cannot be written" in said,
         "traceback": traceback,
         "states": look.saved_states(place.home),

@@ -165,7 +165,7 @@ def unwell(place: Place) -> Iterator[str]:
     """After a run has ended: problems that ``llmrec health`` names, runs that still count as
     going on, places still held in the pool, work left."""
     store = Store.at(place.home)
-    with dg.DagsterInstance.from_config(str(place.root / "dagster")) as instance:
+    with dg.DagsterInstance.from_config(str(place.history)) as instance:
         gpu = GpuResource(lock_dir=str(place.root / "locks"))
         for finding in examine_everything(store, instance, gpu):
             if finding.state == "problem" and finding.check != "disk":

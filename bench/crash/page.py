@@ -169,7 +169,8 @@ def faults_table(journal: Path) -> tuple[str, bool]:
     fault not told."""
     if not journal.exists():
         return "", False
-    entries = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
+    read = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
+    entries = list({(entry["fault"], entry["what"]): entry for entry in read}.values())
     lines = ["| disk | while writing | exit | told | lost |", "|---|---|---|---|---|"]
     bad = False
     for entry in entries:
