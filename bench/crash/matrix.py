@@ -176,45 +176,31 @@ def small_sample(directory: Path, users: int = 60) -> Path:
     return directory
 
 
-def undisturbed(out: Path, sample: Path) -> dict[str, Any]:
-    """Runs twice without a kill, and measures a cold start: what kills are planned by, and what
-    every other run is compared with."""
+def undisturbed(out: Path, sample: Path, loading_s: float) -> dict[str, Any]:
+    """Runs once without a kill: what kills are planned by, and what every other run is compared
+    with."""
     place = Place(out / "undisturbed", sample)
-    shutil.rmtree(place.root, ignore_errors=True)
-    place.root.mkdir(parents=True)
-    traces = []
-    seconds = []
-    for _ in range(2):
-        place.trace.unlink(missing_ok=True)
+    ended = place.root / "ended.json"
+    if not ended.exists():
+        shutil.rmtree(place.root, ignore_errors=True)
+        place.root.mkdir(parents=True)
         began = time.monotonic()
-        pid = start_warm(place, every_file=True)
-        status = wait_for(pid, began + TIMEOUT_S)
-        seconds.append(time.monotonic() - began)
+        status = wait_for(start_warm(place, every_file=True), began + TIMEOUT_S)
         if status != 0:
             raise RuntimeError(f"the undisturbed run failed: see {place.output}")
-        traces.append((began, read_trace(place.trace)))
-        load_modules(json.loads(place.modules.read_text()))
-    cold = Place(out / "cold", sample)
-    shutil.rmtree(cold.root, ignore_errors=True)
-    cold.root.mkdir(parents=True)
-    began = time.monotonic()
-    pid = start_cold(cold)
-    while not (cold.home / "tables").exists() and time.monotonic() < began + TIMEOUT_S:
-        time.sleep(0.05)
-    start_up = time.monotonic() - began
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    (first_began, first), (again_began, again) = traces
+        ended.write_text(json.dumps({"began": began, "seconds": time.monotonic() - began}))
+    fact = json.loads(ended.read_text())
+    began, trace = fact["began"], read_trace(place.trace)
+    steps = [
+        (step, start - began, trace.ended[step] - began) for step, (start, _) in trace.began.items()
+    ]
     return {
-        "steps": [
-            (step, start - first_began, first.ended[step] - first_began)
-            for step, (start, _) in first.began.items()
-        ],
-        "operations": [(moment - first_began, *what) for moment, *what in first.files],
-        "again": [(moment - again_began, *what) for moment, *what in again.files],
-        "start_up": start_up,
+        "steps": steps,
+        "operations": [(moment - began, *what) for moment, *what in trace.files],
+        # A cold start loads what this process has loaded, and then does what a warm one does.
+        "start_up": loading_s + steps[0][1],
         "modules": json.loads(place.modules.read_text()),
-        "seconds": seconds,
+        "seconds": fact["seconds"],
         "found": look.found_at(place).to_json(),
         "unwell": look.unwell_at(place),
     }
@@ -255,10 +241,21 @@ def reused_in(output: Path, since: int) -> list[str]:
 
 
 def run_matrix(
-    out: Path, *, runs: int, runs_with_steps: int, kills: int, seed: int, say: Callable[[str], None]
+    out: Path,
+    *,
+    runs: int,
+    runs_with_steps: int,
+    kills: int,
+    seed: int,
+    loading_s: float,
+    say: Callable[[str], None],
 ) -> None:
-    """The whole matrix, or what is left of it. The last ``runs_with_steps`` runs have a process per
-    step.
+    """The whole matrix, or what is left of it.
+
+    Args:
+        runs_with_steps: that many of the runs, the last ones, have a process per step.
+        kills: of each run.
+        loading_s: what loading the libraries took this process.
 
     Raises:
         TimeoutError, RuntimeError: an attempt hung, or the undisturbed run failed.
@@ -270,10 +267,10 @@ def run_matrix(
     reference = next((e for e in entries if e["kind"] == "undisturbed"), None)
     if reference is None:
         started = time.time()
-        fact = undisturbed(out, sample)
+        fact = undisturbed(out, sample, loading_s)
         journal.write(kind="undisturbed", started=started, seed=seed, **fact)
         reference = {"started": started, "seed": seed, **fact}
-        say(f"undisturbed: {fact['seconds'][0]:.0f} s, again {fact['seconds'][1]:.0f} s")
+        say(f"undisturbed: {fact['seconds']:.0f} s")
     load_modules(reference["modules"])
     expected = look.Found(**reference["found"])
     timeline = plan.from_json(reference)

@@ -42,13 +42,21 @@ class Kill:
 @dataclass(frozen=True)
 class Undisturbed:
     """An undisturbed run's trace. ``steps``: (step, began, ended) in seconds; ``operations``: when
-    which step did what to files; ``again``: the same of a second run, which trains nothing;
-    ``start_up``: seconds of a cold start up to the first table."""
+    which step did what to files; ``start_up``: seconds of a cold start up to the first step."""
 
     steps: Sequence[tuple[str, float, float]]
     operations: Sequence[tuple[float, str, str]]
-    again: Sequence[tuple[float, str, str]]
     start_up: float
+
+
+#: Also where the training is published already and nothing but the pointer is written.
+_KINDS_OF_EVERY_ATTEMPT = ("table file", "table pointer", "checkpoint pointer", "views")
+_KINDS = (
+    *_KINDS_OF_EVERY_ATTEMPT,
+    "checkpoint file",
+    "file to be published",
+    "training state",
+)
 
 
 def kind_of(operation: str) -> str:
@@ -57,7 +65,7 @@ def kind_of(operation: str) -> str:
     top, *inside = path.split("/")
     if top == "work":
         state = any(part.startswith(("checkpoint-", "batch-", "unfinished")) for part in inside)
-        return "training state" if state else "work directory"
+        return "training state" if state else "file to be published"
     if top in ("tables", "checkpoints"):
         singular = top.removesuffix("s")
         return f"{singular} pointer" if "current.json" in path else f"{singular} file"
@@ -74,14 +82,14 @@ def kills_of_run(
     """
     rng = random.Random(f"{seed}/{run}")
     shuffled = run % 2 == 0
-    operations = undisturbed.again if shuffled else undisturbed.operations
+    kinds = _KINDS_OF_EVERY_ATTEMPT if shuffled else _KINDS
     by_kind: dict[str, list[tuple[str, str]]] = {}
     first_time: dict[tuple[str, str], float] = {}
-    for moment, step, operation in operations:
+    for moment, step, operation in undisturbed.operations:
         if (step, operation) in first_time or step == "-":
             continue
         first_time[step, operation] = moment
-        if kind_of(operation) not in ("locks", "work directory"):
+        if kind_of(operation) in kinds:
             by_kind.setdefault(kind_of(operation), []).append((step, operation))
     began = {step: start for step, start, _ in undisturbed.steps}
     drawn: list[tuple[float, dict[str, Any]]] = []
@@ -115,6 +123,5 @@ def from_json(fact: Mapping[str, Any]) -> Undisturbed:
     return Undisturbed(
         [(step, began, ended) for step, began, ended in fact["steps"]],
         [(moment, step, what) for moment, step, what in fact["operations"]],
-        [(moment, step, what) for moment, step, what in fact["again"]],
         fact["start_up"],
     )

@@ -37,10 +37,12 @@ def main() -> int:
     def say(text: str) -> None:
         print(time.strftime("%H:%M:%S"), text, flush=True)
 
+    began = time.monotonic()
     if options.what != "table":
         import attempt
 
         attempt.load_libraries()
+    loading_s = time.monotonic() - began
     if options.what == "matrix":
         import matrix
 
@@ -50,6 +52,7 @@ def main() -> int:
             runs_with_steps=options.runs_with_steps,
             kills=options.kills,
             seed=options.seed,
+            loading_s=loading_s,
             say=say,
         )
     if options.what == "faults":
