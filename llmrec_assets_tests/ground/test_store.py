@@ -288,7 +288,7 @@ def test_a_full_disk_leaves_the_old(store, monkeypatch):
         return real(self, mode, *arguments, **keywords)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(StoreError, match="no room left on its disk. Make room"):
+    with pytest.raises(StoreError, match=r"no room left on its disk\. Make room"):
         publish(store, 2)
     monkeypatch.undo()
     assert users(store) == [1]
