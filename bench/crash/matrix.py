@@ -80,6 +80,7 @@ class Outcome:
     during: list[str]
     before: str | None
     orphans: list[int]
+    pace: float
 
 
 def wait_for(pid: int, until: float) -> int | None:
@@ -93,15 +94,19 @@ def wait_for(pid: int, until: float) -> int | None:
         time.sleep(_POLL_S)
 
 
-def carry_out(kill: plan.Kill, place: Place, steps: bool) -> Outcome:
+def carry_out(kill: plan.Kill, place: Place, steps: bool, pace: float) -> Outcome:
     """Starts the command, kills as planned, and waits until what was started is gone (but for
-    orphans of a killed run worker)."""
+    orphans of a killed run worker).
+
+    Args:
+        pace: how many times longer than undisturbed the last attempt took to where it came.
+    """
     place.trace.unlink(missing_ok=True)
     started = time.monotonic()
     deadline = started + TIMEOUT_S
     if kill.how == "start-up":
         pid = start_cold(place) if kill.cold else start_warm(place, steps=steps)
-        status = wait_for(pid, started + kill.seconds)
+        status = wait_for(pid, started + kill.seconds * pace)
     else:
         at = (kill.step, kill.operation) if kill.how == "file" else None
         pid = start_warm(place, steps=steps, at=at)
@@ -112,7 +117,8 @@ def carry_out(kill: plan.Kill, place: Place, steps: bool) -> Outcome:
                 if time.monotonic() > deadline:
                     break
             if status is None:
-                status = wait_for(pid, time.monotonic() + kill.seconds)
+                pace = (time.monotonic() - started) / kill.begins
+                status = wait_for(pid, time.monotonic() + kill.seconds * pace)
         else:
             status = wait_for(pid, deadline)
     trace = read_trace(place.trace)
@@ -124,9 +130,9 @@ def carry_out(kill: plan.Kill, place: Place, steps: bool) -> Outcome:
             wait_for(pid, deadline + 60)
             raise TimeoutError(f"{kill}: the attempt did not end within {TIMEOUT_S} s")
         met = kill.target if trace.killed is not None else None
-        return Outcome(met, status, seconds, during, trace.killed, [])
+        return Outcome(met, status, seconds, during, trace.killed, [], pace)
     if status is not None:
-        return Outcome(None, status, seconds, during, None, [])
+        return Outcome(None, status, seconds, during, None, [], pace)
     orphans: list[int] = []
     hit = kill.target
     if kill.target == "step" and trace.going_on:
@@ -145,7 +151,7 @@ def carry_out(kill: plan.Kill, place: Place, steps: bool) -> Outcome:
         status = wait_for(pid, deadline)
         orphans = sorted(p for p in trace.going_on.values() if p != pid)
     assert status is not None
-    return Outcome(hit, status, seconds, during, None, orphans)
+    return Outcome(hit, status, seconds, during, None, orphans, pace)
 
 
 def finish(place: Place, steps: bool) -> tuple[int, float]:
@@ -274,6 +280,7 @@ def run_matrix(
     load_modules(reference["modules"])
     expected = look.Found(**reference["found"])
     timeline = plan.from_json(reference)
+    pace = 1.0
     for run in range(1, runs + 1):
         mine = [e for e in entries if e.get("run") == run]
         if any(e["kind"] == "end" for e in mine):
@@ -291,7 +298,8 @@ def run_matrix(
             if kill.number in done:
                 continue
             since = place.output.stat().st_size if place.output.exists() else 0
-            outcome = carry_out(kill, place, steps)
+            outcome = carry_out(kill, place, steps, pace)
+            pace = outcome.pace
             found, problems = _looked_at(place, before, expected, outcome.orphans)
             failed = _unexpected(outcome)
             journal.write(

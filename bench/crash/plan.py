@@ -24,7 +24,8 @@ How = Literal["start-up", "time", "file"]
 class Kill:
     """One kill: ``how`` it is aimed (``seconds`` after the start; after ``step`` has begun; before
     that does ``operation`` to a file), and whom it hits: the command (one process), one step
-    process, the run worker alone, or the worker with all its steps."""
+    process, the run worker alone, or the worker with all its steps. ``begins``: when that step began
+    undisturbed; both are seconds at the undisturbed run's pace."""
 
     run: int
     number: int
@@ -32,6 +33,7 @@ class Kill:
     how: How
     cold: bool = False
     step: str = ""
+    begins: float = 0.0
     seconds: float = 0.0
     operation: str = ""
 
@@ -105,7 +107,8 @@ def kills_of_run(
             moment = rng.uniform(first, last)
             step = max((s for s in began if began[s] <= moment), key=lambda s: began[s])
             target = rng.choice(("step", "worker", "group")) if steps else "command"
-            aim = {"how": "time", "step": step, "seconds": moment - began[step]}
+            aim = {"how": "time", "step": step, "begins": began[step]}
+            aim["seconds"] = moment - began[step]
             drawn.append((moment, {"target": target, **aim}))
         else:
             step, operation = rng.choice(by_kind[rng.choice(sorted(by_kind))])

@@ -433,6 +433,9 @@ def _write_atomically(path: UPath, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, target)
+    except OSError as error:
+        error.filename = str(target)  # a failed write names no file, and nobody knows `aside`
+        raise
     finally:
         aside.unlink(missing_ok=True)
     _sync(target.parent)
