@@ -24,8 +24,8 @@ How = Literal["start-up", "time", "file"]
 class Kill:
     """One kill: ``how`` it is aimed (``seconds`` after the start; after ``step`` has begun; before
     that does ``operation`` to a file), and whom it hits: the command (one process), one step
-    process, the run worker alone, or the worker with all its steps. ``begins``: when that step began
-    undisturbed; both are seconds at the undisturbed run's pace."""
+    process, the run worker alone, or the worker with all its steps. ``begins``: when that step
+    began undisturbed; both are seconds at the undisturbed run's pace."""
 
     run: int
     number: int
