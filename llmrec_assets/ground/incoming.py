@@ -153,12 +153,13 @@ def fingerprint(names: Sequence[str]) -> str:
 def kept_name(path: Path) -> str:
     """The name a file is kept under: content hash and name, so that the same file dropped again
     is the same file, and another one of that name is another. A file that cannot be read has the
-    time of its last write in place of the hash.
+    time of its last write in place of the hash. The mark alone is the name where the whole would be
+    too long, or would look like the reason of another file.
 
     Raises:
         FileNotFoundError: another process has taken it in.
     """
-    fits = len(os.fsencode(path.name)) <= _LONGEST_NAME
+    fits = len(os.fsencode(path.name)) <= _LONGEST_NAME and not path.name.endswith(REASON)
     try:
         mark = sha256_file(path)[:16]
     except PermissionError:

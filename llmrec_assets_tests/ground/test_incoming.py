@@ -178,12 +178,15 @@ def test_another_machines_clock_does_not_keep_a_file_waiting(place: Path) -> Non
     assert len(take(place).accepted) == 1
 
 
-@pytest.mark.parametrize("name", ["x" * 255, "a b'c;d&e.csv", "ünïcode.csv"])
+@pytest.mark.parametrize("name", ["x" * 255, "a b'c;d&e.csv", "ünïcode.csv", "new.reason.txt"])
 def test_any_name_is_kept(place: Path, name: str) -> None:
     drop(place, name, f"{HEADER}1,10,5,{T}\n")
     assert len(take(place).accepted) == 1
-    drop(place, name, f"{HEADER}1,10,9,{T}\n")
+    bad = drop(place, name, f"{HEADER}1,10,9,{T}\n").read_bytes()
     assert len(take(place).quarantined) == 1
+    take(place)
+    ((kept, reason),) = incoming.quarantined_files(place).items()
+    assert (place / "quarantine" / kept).read_bytes() == bad and "rating" in reason
 
 
 def test_an_accepted_file_that_was_changed_is_refused_by_name(place: Path) -> None:
