@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from llmrec_assets.ground.disk import disk_trouble
 from llmrec_assets.ground.errors import LlmrecError
 
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (`| head`) has left; closing stdout quietly is all there is to do.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
+    except Exception as error:
+        told = disk_trouble(error, Path(_home()).resolve(), _dagster_home())
+        if told is None:
+            raise
+        print(f"llmrec: {told}", file=sys.stderr)
+        return 1
 
 
 class _UsageError(Exception):
@@ -312,7 +319,16 @@ def _sample(options: argparse.Namespace) -> int:
 def _store() -> Any:
     from llmrec_assets.ground.store import Store
 
-    return Store.at(os.environ.get("LLMREC_HOME") or _PROJECT / "data")
+    return Store.at(_home())
+
+
+def _home() -> Path | str:
+    return os.environ.get("LLMREC_HOME") or _PROJECT / "data"
+
+
+def _dagster_home() -> Path:
+    ours = _PROJECT / "data" / "dagster_home"
+    return Path(os.environ.get("DAGSTER_HOME") or ours).expanduser().resolve()
 
 
 def _initialise_dagster_home() -> Path:
@@ -322,18 +338,25 @@ def _initialise_dagster_home() -> Path:
     home of the user's own keeps the settings it has.
     """
     ours = _PROJECT / "data" / "dagster_home"
-    home = Path(os.environ.get("DAGSTER_HOME") or ours).expanduser().resolve()
+    home = _dagster_home()
     os.environ["DAGSTER_HOME"] = str(home)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".init.lock"):
         settings = _PROJECT / "dagster.yaml"
         if settings.is_file() and (home == ours or not (home / "dagster.yaml").exists()):
-            shutil.copyfile(settings, home / "dagster.yaml")
-        if not (home / "history" / "runs.db").exists():
+            # By rename: half a file would be a user's own settings for ever.
+            aside = home / ".dagster.yaml"
+            shutil.copyfile(settings, aside)
+            os.replace(aside, home / "dagster.yaml")
+        # Not told by the databases: a kill may have left half a schema, of which two at once would
+        # each make the rest.
+        initialised = home / ".initialised"
+        if not initialised.exists():
             import dagster as dg
 
             with dg.DagsterInstance.get() as instance:
                 instance.get_run_records(limit=1)
+            initialised.touch()
     return home
 
 

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from upath import UPath
 
+from llmrec_assets.ground.disk import telling_disk_trouble
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.tables import conform, content_version, require, to_frame
@@ -98,7 +99,7 @@ class Store:
             provenance: JSON values, written into the file's metadata.
 
         Raises:
-            StoreError: the frame does not match the asset's declared schema.
+            StoreError: the frame does not match the asset's declared schema, or the disk refuses.
         """
         if isinstance(frame, pa.Table):
             table = frame
@@ -112,8 +113,8 @@ class Store:
             recorded = json.dumps(provenance, ensure_ascii=False)
             table = table.replace_schema_metadata({**kept, PROVENANCE: recorded})
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        with store_lock(self.root, "publish"):
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        with self.writing(), store_lock(self.root, "publish"):
             # Also when that version is there already: it may be damaged, and it is the newest now.
             _write_atomically(directory / f"{version}.parquet", buffer.getvalue())
             self._point(directory, version)
@@ -138,7 +139,7 @@ class Store:
             raise StoreError(f"{asset} for {partition}: version {version} is not kept any more")
         data = path.read_bytes()
         try:
-            table = pq.read_table(io.BytesIO(data))
+            table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise StoreError(f"{path} is damaged ({error}): materialize {asset} again") from error
         if asset in SCHEMAS and table.schema.names != SCHEMAS[asset].names:
@@ -156,7 +157,8 @@ class Store:
     def work_directory(self, asset: str, partition: str, version: str) -> Path:
         """Where a step builds what it will publish as ``version``; survives a kill."""
         path = Path(str(self.root)) / "work" / asset / partition_path(partition) / version
-        path.mkdir(parents=True, exist_ok=True)
+        with self.writing():
+            path.mkdir(parents=True, exist_ok=True)
         return path
 
     def remove_work(self, path: Path) -> None:
@@ -184,8 +186,27 @@ class Store:
             determinants: what the version is the hash of.
             facts: what the run found out (losses, durations, library versions).
             provenance: JSON values, written into the manifest.
+
+        Raises:
+            StoreError: the disk refuses; ``files`` stays where it is.
         """
-        directory = self._local("checkpoints", asset, partition)
+        with self.writing():
+            return self._publish_files(
+                self._local("checkpoints", asset, partition),
+                version,
+                files,
+                {
+                    "asset": asset,
+                    "partition": partition,
+                    "determinants": dict(determinants),
+                    "facts": dict(facts),
+                    **({} if provenance is None else {PROVENANCE: dict(provenance)}),
+                },
+            )
+
+    def _publish_files(
+        self, directory: Path, version: str, files: Path, told: Mapping[str, Any]
+    ) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         hashes = {
             str(path.relative_to(files)): {
@@ -203,12 +224,8 @@ class Store:
             attempt = f"{version}-{last + 1}" if last else version
             target = directory / attempt
             manifest = {
-                "asset": asset,
-                "partition": partition,
+                **told,
                 "version": attempt,
-                "determinants": dict(determinants),
-                "facts": dict(facts),
-                **({} if provenance is None else {PROVENANCE: dict(provenance)}),
                 "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": hashes,
             }
@@ -251,7 +268,7 @@ class Store:
             StoreError: it is not there.
         """
         directory = self._local("checkpoints", asset, partition)
-        with store_lock(self.root, "publish"):
+        with self.writing(), store_lock(self.root, "publish"):
             if not (directory / version).is_dir():
                 raise StoreError(f"{asset} for {partition}: there is no version {version} to adopt")
             os.utime(directory / version)
@@ -278,6 +295,13 @@ class Store:
             file = pointer.parent / f"{_pointed(pointer)}.parquet"
             if file.exists():
                 yield asset, "|".join(keys), file
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Whoever writes below the root does it in here: a disk that refuses is a ``StoreError``
+        that names the path and the way out (``disk.telling_disk_trouble``)."""
+        if not self.is_local:
+            return contextlib.nullcontext()
+        return telling_disk_trouble(Path(str(self.root)))
 
     def _directory(self, kind: str, asset: str, partition: str) -> UPath:
         return self.root / kind / asset / partition_path(partition)
@@ -409,6 +433,9 @@ def _write_atomically(path: UPath, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, target)
+    except OSError as error:
+        error.filename = str(target)  # a failed write names no file, and nobody knows `aside`
+        raise
     finally:
         aside.unlink(missing_ok=True)
     _sync(target.parent)

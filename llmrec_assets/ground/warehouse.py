@@ -50,12 +50,15 @@ def publish_warehouse(store: Store) -> Path | None:
     """Builds ``warehouse.duckdb`` for the tables that are current now and publishes it.
 
     A home on object storage has no local file to publish and gives None.
+
+    Raises:
+        StoreError: the disk refuses; the file that was there stays.
     """
     if not store.is_local:
         return None
     root = Path(str(store.root))
     target = root / WAREHOUSE
-    with store_lock(store.root, "warehouse"):
+    with store.writing(), store_lock(store.root, "warehouse"):
         aside = root / f".{WAREHOUSE}.{uuid.uuid4().hex}"
         try:
             with duckdb.connect() as connection:

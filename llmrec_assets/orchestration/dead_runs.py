@@ -91,7 +91,11 @@ def burying_dead_runs(instance: dg.DagsterInstance, every_seconds: float = 15.0)
 def dead_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     """Unfinished runs on this machine whose process is gone."""
     unfinished = dg.RunsFilter(
-        statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING],
+        statuses=[
+            dg.DagsterRunStatus.NOT_STARTED,  # killed between its record and its first event
+            dg.DagsterRunStatus.STARTING,
+            dg.DagsterRunStatus.STARTED,
+        ],
     )
     return [run for run in instance.get_runs(filters=unfinished) if is_gone(instance, run)]
 

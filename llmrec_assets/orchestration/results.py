@@ -155,7 +155,8 @@ def checkpoint_result(
         found = None if config.force else intact
         if found is None:
             work = store.work_directory(asset, partition, version)
-            files, facts = build(work)
+            with store.writing():
+                files, facts = build(work)
             if check is not None:
                 yield from blocking_checks(asset, check(facts))
             path = store.publish_checkpoint(

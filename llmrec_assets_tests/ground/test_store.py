@@ -186,6 +186,25 @@ def test_older_versions_stay_readable(store):
     assert [users(store, version) for version in versions] == [[user] for user in range(8)]
 
 
+def test_a_flipped_byte_is_never_read_as_another_value(store):
+    """Parquet's pages have checksums; a flipped byte elsewhere changes no value, or is told."""
+    frame = pd.DataFrame({"user_id": range(40), "split": ["train", "test"] * 20})
+    version = store.publish_table(ASSET, PARTITION, frame)
+    path = Path(str(store.table_path(ASSET, PARTITION, version)))
+    whole, refusals = path.read_bytes(), []
+    for place in range(0, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            read = store.read_table(ASSET, PARTITION).frame
+        except StoreError as error:
+            refusals.append(str(error))
+        else:
+            assert read["user_id"].tolist() == list(range(40))
+            assert read["split"].tolist() == ["train", "test"] * 20
+    assert len(refusals) > 10
+    assert all(str(path) in said or "other columns" in said for said in refusals)
+
+
 def test_a_damaged_pointer_is_named(store):
     publish(store, 1)
     pointer = directory_of(store, "tables", ASSET) / "current.json"
@@ -269,7 +288,7 @@ def test_a_full_disk_leaves_the_old(store, monkeypatch):
         return real(self, mode, *arguments, **keywords)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match=r"no room left on its disk\. Make room"):
         publish(store, 2)
     monkeypatch.undo()
     assert users(store) == [1]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,48 +219,3 @@ def test_a_training_that_saw_a_test_user_is_not_published(
     assert failed_checks(result) >= {(asset, "trained_on_training_users_only")}
     assert f"user {stranger} took part in the training" in failure(result)
     assert home.current(kind="checkpoints")[asset] == before
-
-
-# -- kills --------------------------------------------------------------------------------------
-
-#: What the log says when a stage has begun.
-BEGUN = {
-    "sampled_responses": "sampled_responses sample|tiny has the device",
-    "preference_pairs": "published sampled_responses",
-    "dpo_checkpoint": "dpo_checkpoint sample|tiny has the device",
-    "reward_model": "reward_model sample|tiny has the device",
-    "rlhf_checkpoint": "PPO: 1/3",
-}
-
-
-@pytest.mark.timeout(1500)  # five kills and reruns, however busy the machine
-def test_kills_in_all_five_stages_change_no_result(
-    finished: FinishedRun, new_home: Callable[..., Home]
-) -> None:
-    """One run after another, each killed in the next stage; the last one ends it."""
-    home = new_home()
-    log = home.root / "output.log"
-    command = (
-        *(sys.executable, "-m", "llmrec_assets.cli", "run"),
-        *("--dataset", "sample", "--recipe", "tiny"),
-    )
-    for number, (stage, said) in enumerate(BEGUN.items()):
-        log.unlink(missing_ok=True)
-        process = home.start(*command)
-        while said not in (log.read_text() if log.exists() else ""):
-            assert process.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.02)
-        if stage != "rlhf_checkpoint":  # that one at once: its first batch is done, not all
-            time.sleep(0.3 * number)  # somewhere inside
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = home.llmrec("run", "--dataset", "sample", "--recipe", "tiny")
-    assert done.returncode == 0, done.stderr[-2000:]
-    rlhf = read_manifest(home.store.checkpoint("rlhf_checkpoint", PARTITION))["facts"]
-    assert rlhf["resumed_at"] >= 1, "PPO went on where it was killed"
-    for name in ("sampled_responses", "preference_pairs", "metric_table"):
-        assert home.current()[name] == finished.home.current()[name], name
-    for asset in ALIGNED:
-        ours, theirs = (h.store.checkpoint(asset, PARTITION) for h in (home, finished.home))
-        for path in sorted(theirs.glob("*.safetensors")):
-            assert (ours / path.name).read_bytes() == path.read_bytes(), (asset, path.name)

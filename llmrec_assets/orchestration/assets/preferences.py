@@ -67,7 +67,7 @@ def sampled_responses(
             return
         from llmrec_assets.models.sampled import sample_responses
 
-        with gpu.lease_for(context) as lease:
+        with store.writing(), gpu.lease_for(context) as lease:
             frame, facts = sample_responses(
                 prompts.frame,
                 base_model,
