@@ -11,7 +11,7 @@ PORT ?= 3000
 export DAGSTER_HOME ?= $(CURDIR)/data/dagster_home
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart run evaluate test lint ui sql table lineage seeds clean
+.PHONY: help setup quickstart run evaluate test lint ui sql table lineage seeds bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -58,6 +58,10 @@ seeds: $(INSTALLED)  ## The quickstart on generator seeds 2 and 3, each in its o
 	  DAGSTER_HOME="$(CURDIR)/data/seeds/$$seed/dagster_home" \
 	  $(BIN)/llmrec run --dataset sample --recipe quickstart || exit 1; \
 	done
+
+STAGES ?=
+bench: $(INSTALLED)  ## Every stage beside its peers: make bench STAGES=windows,evaluation
+	$(BIN)/python -m bench --stages "$(STAGES)" --out data/bench/table.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

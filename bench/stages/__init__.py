@@ -1,0 +1,1 @@
+"""One module a stage: its input, our side, the peers, the check."""
