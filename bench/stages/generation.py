@@ -1,0 +1,180 @@
+"""Five sampled answers to each of 64 prompts: SmolLM2, Figure 2 prompts, 64 tokens an answer.
+
+Peers: transformers' ``generate`` prompt by prompt with ``num_return_sequences``, and the same in
+batches of as many prompts as ours. Every answer is sampled to its full length by all, so that all
+generate as many tokens (ours would gain more where answers end: ended rows leave the batch).
+
+Samples differ by their noise, so what is compared is what all must share: the greedy answer to
+every eighth prompt, token by token, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.frame import OURS, Bench, Figure, Peer, Row, Timer
+from bench.language_models import (
+    SEED,
+    body_parameters,
+    compared,
+    dtype_name,
+    figure2_prompts,
+    keep,
+    kept,
+    peak_flops,
+    smollm2,
+)
+from llmrec_assets.models.chat import prompt_ids
+from llmrec_assets.models.device import pick_device
+from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
+
+PROMPTS = 64
+SAMPLES = 5
+TOKENS = 64
+PROMPTS_PER_BATCH = 16
+TEMPERATURE = 0.7
+
+
+def rows(bench: Bench) -> list[Row]:
+    import json
+
+    inputs = bench.directory("generation", "inputs")
+    base = smollm2(inputs)
+    prompts = figure2_prompts(PROMPTS)
+    prompts.to_parquet(inputs / "prompts.parquet")
+    config = json.loads((base / "config.json").read_text())
+    asked = _asked(inputs)
+    n_prompt = sum(map(len, asked))
+    n_new = PROMPTS * SAMPLES * TOKENS
+    dtype = dtype_name()
+    peak = peak_flops(getattr(torch, dtype))
+    flops = 2 * body_parameters(config) * (n_prompt + n_new)
+    flops += 2 * config["hidden_size"] * config["vocab_size"] * n_new
+
+    def floor(ours: Figure) -> tuple[str, str]:
+        return (
+            f"{flops / peak:.3g} s (ours uses {flops / ours.seconds / peak:.0%} of the peak); "
+            f"{n_new / ours.seconds:,.0f} tokens/s",
+            f"{flops / 1e12:.2f} · 10^12 operations, each prompt once and its five answers, "
+            f"without attention, at {peak / 1e9:,.0f} · 10^9 a second in {dtype}. Five answers to 16 "
+            "prompts are 80 rows a step: the products, not the reading of the weights, take the "
+            "time",
+        )
+
+    row = compared(
+        bench,
+        "generation",
+        f"generation, n = {SAMPLES} × {PROMPTS} prompts, {TOKENS} tokens each",
+        inputs,
+        "ours",
+        [
+            Peer("generate, prompt by prompt", "generate_each", goal=3, repeats=1),
+            Peer(f"generate, {PROMPTS_PER_BATCH} prompts a batch", "generate_batched", 1.5, 2),
+        ],
+        check,
+        f"{n_prompt:,} prompt tokens, {n_new:,} new ones, {dtype}",
+        floor,
+    )
+    return [row]
+
+
+def check(out: Mapping[str, Path]) -> str:
+    found = {name: kept(path) for name, path in out.items()}
+    for name, facts in found.items():
+        assert facts["new"] == PROMPTS * SAMPLES * TOKENS, (name, facts["new"])
+        assert facts["greedy"] == found[OURS]["greedy"], f"{name}: greedy answers differ"
+    return f"Greedy answers to {len(found[OURS]['greedy'])} prompts are equal, token by token"
+
+
+def _asked(inputs: Path) -> list[list[int]]:
+    """Prompts of similar length beside each other, as ours batches them."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "base")
+    texts = pd.read_parquet(inputs / "prompts.parquet")["prompt"]
+    return sorted((prompt_ids(tokenizer, text) for text in texts), key=len)
+
+
+def _model(inputs: Path, dtype: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(inputs / "base", dtype=getattr(torch, dtype))
+    return model.to(pick_device().torch).eval()
+
+
+def _batches(asked: list[list[int]], size: int) -> list[list[list[int]]]:
+    return [asked[start : start + size] for start in range(0, len(asked), size)]
+
+
+def ours(inputs: Path, out: Path, timer: Timer) -> None:
+    asked, model = _asked(inputs), _model(inputs, dtype_name())
+
+    def sampled(model: Any, prompts: list[list[int]], n: int, decoding: Decoding) -> list[Any]:
+        streams = [[stream(SEED, "bench", i, j) for j in range(n)] for i in range(len(prompts))]
+        # Nothing ends an answer: -1 is no token.
+        return sample_tokens(model, prompts, streams, decoding, stops=[-1], pad=0)
+
+    new = 0
+    decoding = Decoding(TOKENS, temperature=TEMPERATURE)
+    sampled(model, asked[:2], 1, Decoding(2))  # warms up
+    with timer():
+        for batch in _batches(asked, PROMPTS_PER_BATCH):
+            answers = sampled(model, batch, SAMPLES, decoding)
+            new += sum(len(one.tokens) for some in answers for one in some)
+    exact = _model(inputs, "float32")
+    greedy = sampled(exact, asked[::8], 1, Decoding(TOKENS, do_sample=False))
+    keep(out, new=new, greedy=[list(one.tokens) for (one,) in greedy])
+
+
+def generate_each(inputs: Path, out: Path, timer: Timer) -> None:
+    _generate(inputs, out, timer, 1)
+
+
+def generate_batched(inputs: Path, out: Path, timer: Timer) -> None:
+    _generate(inputs, out, timer, PROMPTS_PER_BATCH)
+
+
+def _generate(inputs: Path, out: Path, timer: Timer, size: int) -> None:
+    asked, model = _asked(inputs), _model(inputs, dtype_name())
+    torch.manual_seed(SEED)
+
+    def generated(model: Any, batch: Sequence[list[int]], tokens: int, **options: Any) -> Any:
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(one)) + one for one in batch])
+        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
+        with torch.inference_mode():
+            whole = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+                eos_token_id=-1,  # nothing ends an answer
+                top_k=0,
+                top_p=1.0,
+                **options,
+            )
+        return whole[:, width:].tolist()
+
+    generated(model, asked[:2], 2, do_sample=False)  # warms up
+    new = 0
+    with timer():
+        for batch in _batches(asked, size):
+            answers = generated(
+                model,
+                batch,
+                TOKENS,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                num_return_sequences=SAMPLES,
+            )
+            new += sum(map(len, answers))
+    exact = _model(inputs, "float32")
+    greedy = [
+        answer
+        for batch in _batches(asked[::8], size)
+        for answer in generated(exact, batch, TOKENS, do_sample=False)
+    ]
+    keep(out, new=new, greedy=greedy)
