@@ -62,9 +62,9 @@ def rows(bench: Bench) -> list[Row]:
             f"{flops / peak:.3g} s (ours uses {flops / ours.seconds / peak:.0%} of the peak); "
             f"{n_new / ours.seconds:,.0f} tokens/s",
             f"{flops / 1e12:.2f} · 10^12 operations, each prompt once and its five answers, "
-            f"without attention, at {peak / 1e9:,.0f} · 10^9 a second in {dtype}. Five answers to 16 "
-            "prompts are 80 rows a step: the products, not the reading of the weights, take the "
-            "time",
+            f"without attention, at {peak / 1e9:,.0f} · 10^9 a second in {dtype}. Five answers to "
+            "16 prompts are 80 rows a step: the products, not the reading of the weights, take "
+            "the time",
         )
 
     row = compared(
