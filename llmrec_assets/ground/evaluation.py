@@ -126,8 +126,8 @@ def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64]
     for name in names:
         part, values = pd.factorize(frame[name], sort=True)
         code = code * len(values) + part
-    code, values = pd.factorize(code, sort=True)
-    return code, len(values)
+    place, distinct = pd.factorize(code, sort=True)
+    return place, len(distinct)
 
 
 def _relevant(
