@@ -126,8 +126,8 @@ def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64]
     for name in names:
         part, values = pd.factorize(frame[name], sort=True)
         code = code * len(values) + part
-    distinct, dense = np.unique(code, return_inverse=True)
-    return dense.astype(np.int64), len(distinct)
+    place, distinct = pd.factorize(code, sort=True)
+    return place, len(distinct)
 
 
 def _relevant(
