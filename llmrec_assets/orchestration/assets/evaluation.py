@@ -239,7 +239,10 @@ def metric_table(
             "table": dg.MetadataValue.md(markdown_table(shown.drop(columns=VALIDITY))),
             "validity": dg.MetadataValue.md(markdown_table(shown[[*_LIST, *VALIDITY]])),
             "plot": pictures(
-                {name: forest_png(rows) for name, rows in frame.groupby("protocol", sort=False)}
+                {
+                    str(name): forest_png(rows)
+                    for name, rows in frame.groupby("protocol", sort=False)
+                }
             ),
             "missing_or_stale_stages": missing_stages(frame) or "none",
             "base_model": recipe.base_model.label,
