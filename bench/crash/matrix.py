@@ -251,6 +251,7 @@ def run_matrix(
     *,
     runs: int,
     runs_with_steps: int,
+    runs_in_trainings: int,
     kills: int,
     seed: int,
     loading_s: float,
@@ -259,7 +260,8 @@ def run_matrix(
     """The whole matrix, or what is left of it.
 
     Args:
-        runs_with_steps: that many of the runs, the last ones, have a process per step.
+        runs_in_trainings: that many of the runs, the last ones, are killed in trainings alone.
+        runs_with_steps: that many before them have a process per step.
         kills: of each run.
         loading_s: what loading the libraries took this process.
 
@@ -285,7 +287,8 @@ def run_matrix(
         mine = [e for e in entries if e.get("run") == run]
         if any(e["kind"] == "end" for e in mine):
             continue
-        steps = run > runs - runs_with_steps
+        in_trainings = run > runs - runs_in_trainings
+        steps = not in_trainings and run > runs - runs_in_trainings - runs_with_steps
         place = Place(out / f"run-{run:02d}", sample)
         place.root.mkdir(parents=True, exist_ok=True)
         done = {e["number"] for e in mine if e["kind"] == "kill"}
@@ -294,7 +297,12 @@ def run_matrix(
             key=lambda e: e["number"],
             default={"published": {}},
         )["published"]
-        for kill in plan.kills_of_run(run, kills, timeline, seed=seed, steps=steps):
+        planned = (
+            plan.kills_in_trainings(run, kills, timeline, seed=seed)
+            if in_trainings
+            else plan.kills_of_run(run, kills, timeline, seed=seed, steps=steps)
+        )
+        for kill in planned:
             if kill.number in done:
                 continue
             since = place.output.stat().st_size if place.output.exists() else 0

@@ -56,7 +56,9 @@ START_UP, BETWEEN = "start-up", "between two steps"
 def phases_of(entry: Entry) -> list[str]:
     """What was going on when the kill came: one phase, or two where two steps ran at once."""
     phase_of = {step: phase for phase, steps in PHASES.items() for step in steps}
-    found = sorted({phase_of[step] for step in entry["during"] if step in phase_of})
+    # A step process that was killed is no longer going on when its worker has said so.
+    during = [entry["step"]] if entry["how"] == "file" else entry["during"]
+    found = sorted({phase_of[step] for step in during if step in phase_of})
     if found:
         return found
     return [START_UP if entry["how"] == "start-up" else BETWEEN]

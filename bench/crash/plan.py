@@ -51,6 +51,14 @@ class Undisturbed:
     start_up: float
 
 
+#: What goes on from a saved state, and takes most of a real run.
+TRAININGS = (
+    "sft_checkpoint",
+    "sampled_responses",
+    "dpo_checkpoint",
+    "reward_model",
+    "rlhf_checkpoint",
+)
 #: Also where the training is published already and nothing but the pointer is written.
 _KINDS_OF_EVERY_ATTEMPT = ("table file", "table pointer", "checkpoint pointer", "views")
 _KINDS = (
@@ -120,6 +128,31 @@ def kills_of_run(
     else:
         drawn.sort(key=lambda pair: pair[0])
     return [Kill(run, number, **aim) for number, (_, aim) in enumerate(drawn)]
+
+
+def kills_in_trainings(run: int, n: int, undisturbed: Undisturbed, *, seed: int) -> list[Kill]:
+    """The kills of a run that is hit in its trainings alone, in the order of the timeline: half of
+    them at a random moment, half at a random file operation below a work directory or a
+    checkpoint's place."""
+    rng = random.Random(f"{seed}/{run}/trainings")
+    spans = [(s, start, end) for s, start, end in undisturbed.steps if s in TRAININGS]
+    operations = [
+        (moment, step, operation)
+        for moment, step, operation in undisturbed.operations
+        if step in TRAININGS and kind_of(operation) in ("training state", "checkpoint file")
+    ]
+    drawn: list[tuple[float, dict[str, Any]]] = []
+    for number in range(n):
+        if number % 2:
+            step, begins, ends = rng.choices(spans, [end - start for _, start, end in spans])[0]
+            seconds = rng.uniform(0.0, ends - begins)
+            aim = {"how": "time", "step": step, "begins": begins, "seconds": seconds}
+            drawn.append((begins + seconds, aim))
+        else:
+            moment, step, operation = rng.choice(operations)
+            drawn.append((moment, {"how": "file", "step": step, "operation": operation}))
+    drawn.sort(key=lambda pair: pair[0])
+    return [Kill(run, number, "command", **aim) for number, (_, aim) in enumerate(drawn)]
 
 
 def from_json(fact: Mapping[str, Any]) -> Undisturbed:

@@ -26,8 +26,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("matrix", "faults", "table"))
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--runs", type=int, default=11)
+    parser.add_argument("--runs", type=int, default=13)
     parser.add_argument("--runs-with-steps", type=int, default=2)
+    parser.add_argument("--runs-in-trainings", type=int, default=2)
     parser.add_argument("--kills", type=int, default=10, help="of each run")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -50,6 +51,7 @@ def main() -> int:
             options.out.resolve(),
             runs=options.runs,
             runs_with_steps=options.runs_with_steps,
+            runs_in_trainings=options.runs_in_trainings,
             kills=options.kills,
             seed=options.seed,
             loading_s=loading_s,
