@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -242,11 +241,10 @@ def served(home: Home, planted: Planted) -> Iterator[Ui]:
             time.sleep(0.5)
         yield ui
     finally:
-        server.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(20)
+        # Asked to end, it waits for half a minute for its own; nothing of it is used again.
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _ready(ui: Ui) -> bool:

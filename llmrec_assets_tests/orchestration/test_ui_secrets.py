@@ -115,7 +115,8 @@ def told(
 
     def told(*arguments: str) -> str:
         status = cli.main(list(arguments))
-        return f"{capfd.readouterr()} status {status}"
+        said = capfd.readouterr()
+        return f"{said.out}{said.err}status {status}"
 
     return told
 
