@@ -67,8 +67,9 @@ def phases_of(entry: Entry) -> list[str]:
 def tables(journal: Path) -> tuple[str, bool]:
     """The page's tables, and whether anything was lost, differed or failed."""
     entries = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
-    kills = [entry for entry in entries if entry["kind"] == "kill"]
     ends = [entry for entry in entries if entry["kind"] == "end"]
+    ended = {end["run"] for end in ends}
+    kills = [entry for entry in entries if entry["kind"] == "kill" and entry["run"] in ended]
     met = [kill for kill in kills if kill["hit"]]
     (reference,) = [entry for entry in entries if entry["kind"] == "undisturbed"]
     problems = [
@@ -79,12 +80,12 @@ def tables(journal: Path) -> tuple[str, bool]:
     ]
     problems += [f"run {end['run']} ended with {end['status']}" for end in ends if end["status"]]
     problems += reference["unwell"]
-    hours = (max((e["time"] for e in [*kills, *ends]), default=0) - reference["started"]) / 60
+    minutes = (max((e["time"] for e in [*kills, *ends]), default=0) - reference["started"]) / 60
     processor = _processor_seconds(entries)
     text = "\n\n".join(
         [
             f"{len(met)} kills in {len(ends)} runs ({len(kills) - len(met)} came when the command "
-            f"had ended); {hours:.0f} minutes, {processor / 60:.0f} of them of one processor. "
+            f"had ended); {minutes:.0f} minutes, {processor / 60:.0f} of them of one processor. "
             f"Lost, changed or failed: **{len(problems)}**.",
             _by_phase(met, ends),
             _by(met, "whom", lambda kill: _WHOM[kill["hit"]]),
@@ -94,7 +95,7 @@ def tables(journal: Path) -> tuple[str, bool]:
                 lambda kill: f"{kill['before'].split()[0]}: {kind_of(kill['before'])}",
             ),
             _trainings(ends),
-            *(f"- {problem}" for problem in problems),
+            "\n".join(f"- {problem}" for problem in problems),
         ]
     )
     return text, bool(problems)
