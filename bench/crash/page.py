@@ -6,6 +6,7 @@ What belongs here: counting and wording. What does not: measuring (``matrix``).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -167,6 +168,11 @@ def _trainings(ends: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
+def _named(said: str) -> str:
+    """The path in ``llmrec: <path> cannot be written: …``."""
+    return said.removeprefix("llmrec: ").split(" cannot be written")[0]
+
+
 def faults_table(journal: Path) -> tuple[str, bool]:
     """What a full or read-only disk did, and two runs at once; and whether anything was lost, or a
     fault not told."""
@@ -174,16 +180,17 @@ def faults_table(journal: Path) -> tuple[str, bool]:
         return "", False
     read = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
     entries = list({(entry["fault"], entry["what"]): entry for entry in read}.values())
-    lines = ["| disk | while writing | exit | told | lost |", "|---|---|---|---|---|"]
+    lines = ["| disk | while writing | exit | names | lost |", "|---|---|---|---|---|"]
     bad = False
     for entry in entries:
         if entry["fault"] == "two at once":
             continue
         told = entry.get("told", entry["status"] == 0)
         bad |= bool(entry["lost"]) or not told or bool(entry.get("traceback"))
+        named = re.sub(r"[0-9a-f]{32}|[0-9a-f]{16}", "*", _named(entry["said"]))
         lines.append(
             f"| {entry['fault']} | {entry['what']} | {entry['status']} | "
-            f"{entry['said'] if 'told' in entry else 'as undisturbed'} | {len(entry['lost'])} |"
+            f"{named if 'told' in entry else 'ended as undisturbed'} | {len(entry['lost'])} |"
         )
     lines += ["", "| two at once on | exits | trainings published | lost |", "|---|---|---|---|"]
     for entry in entries:
