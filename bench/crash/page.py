@@ -6,6 +6,7 @@ What belongs here: counting and wording. What does not: measuring (``matrix``).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,8 +68,9 @@ def phases_of(entry: Entry) -> list[str]:
 def tables(journal: Path) -> tuple[str, bool]:
     """The page's tables, and whether anything was lost, differed or failed."""
     entries = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
-    kills = [entry for entry in entries if entry["kind"] == "kill"]
     ends = [entry for entry in entries if entry["kind"] == "end"]
+    ended = {end["run"] for end in ends}
+    kills = [entry for entry in entries if entry["kind"] == "kill" and entry["run"] in ended]
     met = [kill for kill in kills if kill["hit"]]
     (reference,) = [entry for entry in entries if entry["kind"] == "undisturbed"]
     problems = [
@@ -79,12 +81,12 @@ def tables(journal: Path) -> tuple[str, bool]:
     ]
     problems += [f"run {end['run']} ended with {end['status']}" for end in ends if end["status"]]
     problems += reference["unwell"]
-    hours = (max((e["time"] for e in [*kills, *ends]), default=0) - reference["started"]) / 60
+    minutes = (max((e["time"] for e in [*kills, *ends]), default=0) - reference["started"]) / 60
     processor = _processor_seconds(entries)
     text = "\n\n".join(
         [
             f"{len(met)} kills in {len(ends)} runs ({len(kills) - len(met)} came when the command "
-            f"had ended); {hours:.0f} minutes, {processor / 60:.0f} of them of one processor. "
+            f"had ended); {minutes:.0f} minutes, {processor / 60:.0f} of them of one processor. "
             f"Lost, changed or failed: **{len(problems)}**.",
             _by_phase(met, ends),
             _by(met, "whom", lambda kill: _WHOM[kill["hit"]]),
@@ -94,7 +96,7 @@ def tables(journal: Path) -> tuple[str, bool]:
                 lambda kill: f"{kill['before'].split()[0]}: {kind_of(kill['before'])}",
             ),
             _trainings(ends),
-            *(f"- {problem}" for problem in problems),
+            "\n".join(f"- {problem}" for problem in problems),
         ]
     )
     return text, bool(problems)
@@ -166,6 +168,11 @@ def _trainings(ends: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
+def _named(said: str) -> str:
+    """The path in ``llmrec: <path> cannot be written: …``."""
+    return said.removeprefix("llmrec: ").split(" cannot be written")[0]
+
+
 def faults_table(journal: Path) -> tuple[str, bool]:
     """What a full or read-only disk did, and two runs at once; and whether anything was lost, or a
     fault not told."""
@@ -173,16 +180,17 @@ def faults_table(journal: Path) -> tuple[str, bool]:
         return "", False
     read = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
     entries = list({(entry["fault"], entry["what"]): entry for entry in read}.values())
-    lines = ["| disk | while writing | exit | told | lost |", "|---|---|---|---|---|"]
+    lines = ["| disk | while writing | exit | names | lost |", "|---|---|---|---|---|"]
     bad = False
     for entry in entries:
         if entry["fault"] == "two at once":
             continue
         told = entry.get("told", entry["status"] == 0)
         bad |= bool(entry["lost"]) or not told or bool(entry.get("traceback"))
+        named = re.sub(r"[0-9a-f]{32}|[0-9a-f]{16}", "*", _named(entry["said"]))
         lines.append(
             f"| {entry['fault']} | {entry['what']} | {entry['status']} | "
-            f"{entry['said'] if 'told' in entry else 'as undisturbed'} | {len(entry['lost'])} |"
+            f"{named if 'told' in entry else 'ended as undisturbed'} | {len(entry['lost'])} |"
         )
     lines += ["", "| two at once on | exits | trainings published | lost |", "|---|---|---|---|"]
     for entry in entries:

@@ -46,7 +46,8 @@ _WORDS_OF_SQLITE = {
     "attempt to write a readonly database": errno.EROFS,
     "unable to open database file": errno.EACCES,
 }
-#: torch only says that a write failed: a disk with less room than this, in bytes, is why.
+#: torch only says that a write failed, SQLite that there was an I/O error: a disk with less room
+#: than this, in bytes, is why.
 _NO_ROOM = 2**20
 
 
@@ -76,6 +77,8 @@ def _told(error: BaseException, home: Path, history: Path | None) -> str | None:
             return None  # perhaps a file to be read: its own words are better
     elif history is not None and (found := _found(_WORDS_OF_SQLITE, text)) is not None:
         return _sentence(history, found, "DAGSTER_HOME")
+    elif history is not None and "disk i/o error" in text and _free(history) < _NO_ROOM:
+        return _sentence(history, errno.ENOSPC, "DAGSTER_HOME")  # what SQLite says of its log
     else:
         number, place = _found(_WORDS, text), home
         if number in (errno.EACCES, errno.EPERM) and str(home).lower() not in text:

@@ -82,6 +82,17 @@ def test_torch_says_only_that_it_could_not_write(tmp_path: Path) -> None:
     assert disk_trouble(error, tmp_path / "not" / "there") is None  # there is room
 
 
+def test_sqlites_io_error_is_no_room_where_there_is_none(small_disk: Path) -> None:
+    error = RuntimeError("(sqlite3.OperationalError) disk I/O error")
+    assert disk_trouble(error, HOME, small_disk) is None
+    with nearly_full(small_disk, 0):
+        told = disk_trouble(error, HOME, small_disk)
+        assert told is not None and "no room left" in told and str(small_disk) in told
+        torch_says = RuntimeError("PytorchStreamWriter failed writing file data/0")
+        told = disk_trouble(torch_says, small_disk / "home")
+        assert told is not None and "no room left" in told
+
+
 # -- on real file systems -----------------------------------------------------------------------
 
 
