@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_MOST_HALVINGS = 6
 
 
 def by_user_and_time(
@@ -18,8 +19,9 @@ def by_user_and_time(
     """The four columns ordered by (user, timestamp, movie, rating).
 
     A row whose numbers fit into 63 bits together is sorted as one number, which NumPy does with the
-    processor's vector instructions, some ten times faster than by four keys; other rows are sorted
-    by the keys. The result is the same.
+    processor's vector instructions, some ten times faster than by four keys. Where a few bits too
+    many are the users', lower and higher users are sorted apart; where nothing fits, rows are
+    sorted by the keys. The result is the same.
 
     Args:
         user, timestamp, movie, rating: integers of one length, in any order.
@@ -34,7 +36,15 @@ def by_user_and_time(
     widths = [
         (int(column.max()) - low).bit_length() for column, low in zip(columns, lows, strict=True)
     ]
-    if sum(widths) > 63:
+    too_many = sum(widths) - 63
+    if 0 < too_many <= min(_MOST_HALVINGS, widths[0]):
+        higher = columns[0] > lows[0] + (1 << widths[0] - 1) - 1
+        halves = [
+            by_user_and_time(*(column[part] for column in columns)) for part in (~higher, higher)
+        ]
+        user, timestamp, movie, rating = map(np.concatenate, zip(*halves, strict=True))
+        return user, timestamp, movie, rating
+    if too_many > 0:
         order = np.lexsort(columns[::-1])
         user, timestamp, movie, rating = (column[order] for column in columns)
         return user, timestamp, movie, rating

@@ -15,7 +15,13 @@ WIDE = st.tuples(
 )
 
 
-@given(st.one_of(st.lists(SMALL, max_size=20), st.lists(WIDE, max_size=20)))
+#: A few bits too wide, and as many users as make the difference.
+HALVED = st.tuples(
+    st.integers(0, 500), st.integers(0, 2**32), st.integers(0, 2**24), st.integers(1, 5)
+)
+
+
+@given(st.one_of(*(st.lists(rows, max_size=20) for rows in (SMALL, WIDE, HALVED))))
 @example([])
 @example([(1, 1, 1, 1), (2**31 - 1, 2**32, 1, 1)])  # 63 bits, the most that fit
 @settings(max_examples=60, deadline=None)
