@@ -36,6 +36,18 @@ _OURS = (
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary directories lie in memory where there is room for the 600 MB they take.
+
+    Every transaction of Dagster's SQLite files waits for the disk: 46 ms each instead of 0.3 ms on
+    a development machine, and a run makes hundreds.
+    """
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    if usable and shutil.disk_usage(memory).free > 4e9 and config.option.basetemp is None:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+
+
 @pytest.fixture(autouse=True)
 def _isolated(
     request: pytest.FixtureRequest,
