@@ -24,6 +24,9 @@ import psutil
 HOST_TAG = "llmrec/host"
 _PID_TAG = "llmrec/pid"
 _STARTED_TAG = "llmrec/started"
+#: A launched run tells its process itself; copied from a run of ``llmrec run``, these would name
+#: another's.
+TAGS_OF_ANOTHER_PROCESS = {_PID_TAG: "", _STARTED_TAG: ""}
 #: What the process of a launched run says first.
 _LAUNCHED = re.compile(r"Started process for run \(pid: (\d+)\)")
 #: What the clocks of a process's start and of an event may differ by, seconds.
@@ -35,7 +38,7 @@ def tags_of_this_process() -> dict[str, str]:
     me = psutil.Process()
     return {
         _PID_TAG: str(me.pid),
-        _STARTED_TAG: str(me.create_time()),
+        _STARTED_TAG: str(_start(me)),
         HOST_TAG: socket.gethostname(),
     }
 
@@ -45,11 +48,15 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
     A killed one would otherwise hold the GPU's slot for ever.
     """
-    dead = dead_runs(instance)
-    for run in dead:
+    buried = []
+    for run in dead_runs(instance):
+        now = instance.get_run_by_id(run.run_id)
+        if now is None or now.status != run.status:
+            continue  # it ended well between the look at its status and the one at its process
         instance.report_run_failed(run, "the process that ran it is gone (killed?)")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-    return [run.run_id for run in dead]
+        buried.append(run.run_id)
+    return buried
 
 
 def free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
@@ -104,11 +111,11 @@ def is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether the process of this run is known, was on this machine, and lives no more."""
     if run.tags.get(HOST_TAG) != socket.gethostname():
         return False
-    pid, started = run.tags.get(_PID_TAG), run.tags.get(_STARTED_TAG)
-    if pid is not None and started is not None:
-        return not _alive(int(pid), float(started))
     launched, said = launched_process(instance, run)
-    return launched is not None and not _alive(launched, None, said)
+    if launched is not None:
+        return not _alive(launched, None, said)
+    pid, started = run.tags.get(_PID_TAG), run.tags.get(_STARTED_TAG)
+    return bool(pid and started) and not _alive(int(pid or 0), float(started or 0))
 
 
 def launched_process(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int | None, float]:
@@ -129,7 +136,7 @@ def _alive(pid: int, started: float | None, said: float = 0.0) -> bool:
     """Whether that very process lives: a pid alone may have been given to another since.
 
     Args:
-        started: when it was started; None: known only to have lived at ``said``.
+        started: ``_start`` of it; None: known only to have lived at ``said``.
     """
     if pid == os.getpid():
         return True
@@ -137,8 +144,18 @@ def _alive(pid: int, started: float | None, said: float = 0.0) -> bool:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:  # killed, and its parent has not looked yet
             return False
-        if started is None:
-            return process.create_time() <= said + _CLOCK
-        return abs(process.create_time() - started) < _CLOCK
+        if started is not None:
+            return abs(_start(process) - started) < _CLOCK
+        if process.create_time() <= said + _CLOCK:
+            return True
+        # Started later, by a clock that may have been set since: Dagster's run processes are
+        # children of Python's multiprocessing, which another program with this id hardly is.
+        return any("multiprocessing" in word for word in process.cmdline())
     except psutil.Error:
         return False
+
+
+def _start(process: psutil.Process) -> float:
+    """Seconds from the machine's start to the process's. The time of day would not do: psutil adds
+    up to it anew at every call, so it moves when the clock is set, under a process that lives."""
+    return process.create_time() - psutil.boot_time()

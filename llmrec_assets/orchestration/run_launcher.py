@@ -20,14 +20,15 @@ from dagster._core.launcher import (
     WorkerStatus,
 )
 
-from llmrec_assets.orchestration.dead_runs import HOST_TAG, is_gone
+from llmrec_assets.orchestration.dead_runs import HOST_TAG, TAGS_OF_ANOTHER_PROCESS, is_gone
 
 
 class WatchedRunLauncher(DefaultRunLauncher):
     """Dagster's launcher, whose runs the daemon's run monitoring looks after."""
 
     def launch_run(self, context: LaunchRunContext) -> None:
-        self._instance.add_run_tags(context.dagster_run.run_id, {HOST_TAG: socket.gethostname()})
+        tags = {HOST_TAG: socket.gethostname(), **TAGS_OF_ANOTHER_PROCESS}
+        self._instance.add_run_tags(context.dagster_run.run_id, tags)
         super().launch_run(context)
 
     @property

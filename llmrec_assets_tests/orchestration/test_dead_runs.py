@@ -11,7 +11,9 @@ import psutil
 import pytest
 from dagster._core.launcher import WorkerStatus
 
+from llmrec_assets.orchestration import dead_runs as judging
 from llmrec_assets.orchestration.dead_runs import (
+    TAGS_OF_ANOTHER_PROCESS,
     burying_dead_runs,
     dead_runs,
     free_slots_of_ended_runs,
@@ -82,6 +84,36 @@ def test_a_process_id_given_to_another_since_is_not_the_runs(
         monkeypatch.undo()
         assert is_gone(instance, run)
         other.kill()
+
+
+def test_tags_copied_from_a_dead_command_do_not_condemn_a_launched_run() -> None:
+    """Launching a failed `llmrec run` again in the UI takes over its tags."""
+    dead = {"llmrec/pid": "999999999", "llmrec/started": "1.0"}
+    with (
+        dg.instance_for_test(overrides=LAUNCHER) as instance,
+        subprocess.Popen(["sleep", "60"]) as worker,
+    ):
+        assert not is_gone(instance, launched_run(instance, worker.pid, **dead))
+        tags = {"llmrec/host": socket.gethostname(), **dead, **TAGS_OF_ANOTHER_PROCESS}
+        starting = instance.create_run_for_job(idle, tags=tags, status=dg.DagsterRunStatus.STARTING)
+        assert not is_gone(instance, starting)
+        worker.kill()
+
+
+def test_a_run_that_ended_well_meanwhile_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It succeeded, and its process went, after its status was read."""
+    with dg.instance_for_test() as instance:
+        run = launched_run(instance, 999_999_999)
+        found = dead_runs(instance)
+        assert [one.run_id for one in found] == [run.run_id]
+        instance.report_engine_event("ended", run)
+        instance.handle_run_event(
+            run.run_id,
+            dg.DagsterEvent(dg.DagsterEventType.RUN_SUCCESS.value, run.job_name),
+        )
+        monkeypatch.setattr(judging, "dead_runs", lambda instance: found)
+        assert judging.bury_dead_runs(instance) == []
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.SUCCESS
 
 
 def test_slots_are_freed_of_runs_that_die_meanwhile_and_of_those_that_have_ended() -> None:
