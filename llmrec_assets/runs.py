@@ -36,6 +36,7 @@ CONFIGURABLE = {
     "group_metrics",
     "interaction_windows",
     "leave_last_out",
+    "memorisation",
     "metric_table",
     "preference_pairs",
     "reward_model",

@@ -13,7 +13,9 @@ from llmrec_assets.ground.memorisation import (
     read_source_rows,
 )
 from llmrec_assets.ground.report import markdown_table
+from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import table_options
+from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.provenance import made_before
@@ -26,6 +28,7 @@ GROUP = "evaluation"
 @dg.asset(**table_options("memorisation", GROUP), partitions_def=run_partitions, pool=GPU_POOL)
 def memorisation(
     context: dg.AssetExecutionContext,
+    config: RunConfig,
     storage: StoreResource,
     gpu: GpuResource,
     movielens_files: Path,
@@ -39,15 +42,18 @@ def memorisation(
         shown = {"table": table, "base_model": recipe.base_model.label, **facts}
         return table_result("memorisation", frame, shown)
 
-    if (before := made_before(context, store)) is not None:
+    def made() -> StoredTable | None:
+        return None if config.force else made_before(context, store)
+
+    if (before := made()) is not None:
         return result(before.frame, {"reused": True})
     from llmrec_assets.models.memorisation import continue_rows
 
     rows = read_source_rows(movielens_files, dataset_of(context))
-    questions = memorisation_questions(rows, recipe.probes, recipe.seed)
+    questions = memorisation_questions(rows, recipe.probes, config.seed_of(recipe))
     with gpu.lease_for(context) as lease:
         # Another run may have made it while this one waited.
-        if lease.waited_seconds and (before := made_before(context, store)) is not None:
+        if lease.waited_seconds and (before := made()) is not None:
             return result(before.frame, {"reused": True})
         texts, facts = continue_rows(
             base_model,
