@@ -64,7 +64,7 @@ def disk_trouble(error: BaseException, home: Path, history: Path | None = None) 
         told = _told(seen, home, history)
         if told is not None:
             return told
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
 
 
@@ -72,9 +72,10 @@ def _told(error: BaseException, home: Path, history: Path | None) -> str | None:
     text = str(error).lower()
     if isinstance(error, OSError) and error.errno is not None:
         number = error.errno if error.errno in _TROUBLE else None
-        place = Path(os.fsdecode(error.filename)) if error.filename is not None else home
-        if number in (errno.EACCES, errno.EPERM) and not place.is_relative_to(home):
-            return None  # perhaps a file to be read: its own words are better
+        named = isinstance(error.filename, (str, bytes, os.PathLike))
+        place = Path(os.fsdecode(error.filename)) if named else home
+        if number in (errno.EACCES, errno.EPERM) and not (named and place.is_relative_to(home)):
+            return None  # perhaps a file to be read, or no file at all: its own words are better
     elif history is not None and (found := _found(_WORDS_OF_SQLITE, text)) is not None:
         return _sentence(history, found, "DAGSTER_HOME")
     elif history is not None and "disk i/o error" in text and _free(history) < _NO_ROOM:

@@ -40,7 +40,11 @@ from llmrec_assets.models import ppo_losses as losses
 from llmrec_assets.models.chat import completion_ids, prompt_ids, stop_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy
-from llmrec_assets.models.memory import FittingBatches, train_in_fitting_batches
+from llmrec_assets.models.memory import (
+    FittingBatches,
+    is_out_of_memory,
+    train_in_fitting_batches,
+)
 from llmrec_assets.models.ppo_model import PpoModel, TokenBatch, token_batch
 from llmrec_assets.models.ppo_rewards import (
     Episode,
@@ -548,9 +552,10 @@ def _resume(work_dir: Path, model: PpoModel, optimizer: torch.optim.Optimizer) -
             saved = load_file(newest / "parameters.safetensors")
             steps = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
             state = _State(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
-        except (MemoryError, PermissionError):
-            raise  # no fault of the files
-        except Exception:  # three formats, each with errors of its own for what is damaged
+        except Exception as error:  # three formats, each with errors of its own for damage
+            missing = isinstance(error, FileNotFoundError)
+            if is_out_of_memory(error) or (isinstance(error, OSError) and not missing):
+                raise  # no fault of the files
             aside = work_dir / f"damaged-{newest.name}"
             shutil.rmtree(aside, ignore_errors=True)
             newest.rename(aside)

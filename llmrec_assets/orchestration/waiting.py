@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,10 +57,16 @@ class Holder:
             return None
 
     def write(self, path: Path) -> None:
-        aside = path.with_suffix(f".{self.pid}")
         fact = {"who": self.who, "pid": self.pid, "since": self.since, "run_id": self.run_id}
-        aside.write_text(json.dumps(fact))
-        os.replace(aside, path)
+        # Made anew under a name that nobody can have planted a link at.
+        handle, aside = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(json.dumps(fact))
+            os.replace(aside, path)
+        except OSError:
+            Path(aside).unlink(missing_ok=True)
+            raise
 
 
 def described(holder: Holder | None) -> str:
@@ -88,10 +95,13 @@ def holding(
     lock, note = FileLock(path), path.with_suffix(".json")
     waited = _acquire(lock, note, tell, poll_seconds, say_every_seconds)
     try:
-        Holder(who, os.getpid(), time.time(), run_id).write(note)
+        # The note is for people: without one the lock holds all the same.
+        with contextlib.suppress(OSError):
+            Holder(who, os.getpid(), time.time(), run_id).write(note)
         yield waited
     finally:
-        note.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
         lock.release()
 
 
