@@ -303,7 +303,7 @@ def test_a_classical_recommender_that_saw_or_lists_too_much_is_blocked(
     wrong = {"training_events": one_event_more, "Popularity": Forgetful}[planted]
     monkeypatch.setattr(classical_lists, planted, wrong)
     before = home.current()
-    result = home.materialize(instance, asset)
+    result = home.materialize(instance, asset, config={"force": True})  # answers are reused else
     assert not result.success
     (failed,) = [event for event in result.all_events if event.is_step_failure]
     message = failed.step_failure_data.error.message
