@@ -126,8 +126,12 @@ class Ui:
             assert time.monotonic() < deadline, f"{run['status']} after {seconds} s: {steps}"
             time.sleep(0.25)
 
+    def log(self) -> str:
+        """All that the server and its runs have printed."""
+        return (self.home.root / "output.log").read_text()
+
     def failures(self) -> str:
-        lines = (self.home.root / "output.log").read_text().splitlines()
+        lines = self.log().splitlines()
         return "\n".join([line for line in lines if "ERROR" in line or "Error:" in line][-20:])
 
 

@@ -136,6 +136,8 @@ def clicked(ui: Ui, page_or_none: ui_browser.Page | None) -> Iterator[Clicked]:
         ui.wait(prompts, LONG)
         queue_page = see_the_queue(page_or_none, second) if page_or_none is not None else ""
         claimed, pending = ui.claimed(), ui.pending()
+        # Loading the libraries, the step may take longer to ask for the device than all of this.
+        ui.wait(first, LONG, until=lambda: "held by somebody outside" in ui.log())
         active.add(ui.pool()["activeSlotCount"])
         waiting = {run_id: str(ui.run(run_id)["status"]) for run_id in (first, second)}
 

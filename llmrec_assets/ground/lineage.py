@@ -61,7 +61,7 @@ RECIPE_PARTS: dict[str, tuple[str, ...]] = {
     ),
     "sample_recommendations": ("windows.liked_min", "baselines"),
     "leave_last_out": ("leave_last_out", "evaluation.resamples", "evaluation.confidence"),
-    "memorisation": ("probes", "generation", "evaluation.confidence", "seed"),
+    "memorisation": ("probes", "generation", "evaluation.confidence"),
     "report": ("base_model.label", "evaluation.confidence", "baselines"),
 }
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,20 +195,18 @@ def train_dpo_on_pairs(
     lengths = sequence_lengths([*train, *validation])
     require_fit(lengths, recipe.max_length, "dpo")
 
-    def attempt(fitting: DpoRecipe) -> tuple[Path, dict[str, Any]]:
-        return _train(
-            base_dir,
-            sft_adapter,
-            split,
-            train,
-            validation,
-            fitting,
-            seed=seed,
-            work_dir=work_dir,
-            device=device,
-            progress=progress,
-        )
-
+    attempt = partial(
+        _train,
+        base_dir,
+        sft_adapter,
+        split,
+        train,
+        validation,
+        seed=seed,
+        work_dir=work_dir,
+        device=device,
+        progress=progress,
+    )
     return train_on_pairs(
         attempt,
         recipe,

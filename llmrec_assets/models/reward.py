@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,21 +199,19 @@ def train_reward_on_pairs(
     lengths = sequence_lengths([*train, *validation])
     require_fit(lengths, recipe.max_length, "reward")
 
-    def attempt(fitting: RewardRecipe) -> tuple[Path, dict[str, Any]]:
-        return _train(
-            base_dir,
-            sft_adapter,
-            split,
-            train,
-            validation,
-            fitting,
-            evaluation,
-            seed=seed,
-            work_dir=work_dir,
-            device=device,
-            progress=progress,
-        )
-
+    attempt = partial(
+        _train,
+        base_dir,
+        sft_adapter,
+        split,
+        train,
+        validation,
+        evaluation=evaluation,
+        seed=seed,
+        work_dir=work_dir,
+        device=device,
+        progress=progress,
+    )
     return train_on_pairs(
         attempt,
         recipe,
@@ -232,8 +231,8 @@ def _train(
     train: list[TokenizedPair],
     validation: list[TokenizedPair],
     recipe: RewardRecipe,
-    evaluation: EvaluationRecipe,
     *,
+    evaluation: EvaluationRecipe,
     seed: int,
     work_dir: Path,
     device: Device,

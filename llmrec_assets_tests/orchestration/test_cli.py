@@ -21,6 +21,7 @@ import pytest
 from llmrec_assets import cli
 from llmrec_assets.ground.store import read_manifest
 from llmrec_assets.orchestration.assets import prompts as prompts_assets
+from llmrec_assets.orchestration.dead_runs import tags_of_this_process
 from llmrec_assets.runs import bury_dead_runs
 
 if TYPE_CHECKING:
@@ -316,22 +317,20 @@ def test_only_runs_whose_own_process_is_gone_are_buried() -> None:
     with dg.instance_for_test() as instance, subprocess.Popen(["sleep", "60"]) as other:
         import psutil
 
-        mine = psutil.Process()
+        # as tags tell it: from the machine's start on
+        began = psutil.Process(other.pid).create_time() - psutil.boot_time()
         tags = {
             "gone": {"llmrec/pid": "999999999", "llmrec/started": "1.0"},
             "gone before its first event": {"llmrec/pid": "999999999", "llmrec/started": "1.0"},
             "pid given to another since": {
                 "llmrec/pid": str(other.pid),
-                "llmrec/started": str(psutil.Process(other.pid).create_time() - 60),
+                "llmrec/started": str(began - 60),
             },
             "living": {
                 "llmrec/pid": str(other.pid),
-                "llmrec/started": str(psutil.Process(other.pid).create_time()),
+                "llmrec/started": str(began),
             },
-            "this process": {
-                "llmrec/pid": str(mine.pid),
-                "llmrec/started": str(mine.create_time()),
-            },
+            "this process": tags_of_this_process(),
             "another host's": {
                 "llmrec/pid": "999999999",
                 "llmrec/started": "1.0",

@@ -81,7 +81,7 @@ def test_training_queues_behind_training(clicked: Clicked) -> None:
     # One of another run: it stays in the queue, while what needs no pool overtakes it.
     assert clicked.waiting == {clicked.first: "STARTED", clicked.second: "QUEUED"}
     assert clicked.active <= {0, 1}
-    log = (clicked.ui.home.root / "output.log").read_text()
+    log = clicked.ui.log()
     assert "Step blocked by limit for pool gpu" in log
     assert "held by somebody outside (process" in log  # it had the pool, not yet the device
     pool = clicked.ui.pool()
