@@ -51,7 +51,14 @@ def with_value(path: str, value: object) -> dict[str, Any]:
 
 
 def test_the_committed_recipes():
-    assert recipe_names() == ["cpu", "cpu-anonymised", "paper", "quickstart", "tiny"]
+    assert recipe_names() == [
+        "cpu",
+        "cpu-anonymised",
+        "cpu-one-window",
+        "paper",
+        "quickstart",
+        "tiny",
+    ]
     assert recipe_names() == sorted(path.stem for path in RECIPES_DIR.iterdir())
 
 
@@ -102,25 +109,39 @@ def test_decoding_of_the_paper_recipe_is_written_out_and_greedy():
     assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
 
 
-def test_the_anonymised_control_differs_from_cpu_in_the_titles_alone():
-    def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            inner = flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
-            found.update(inner)
-        return found
+def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
+        found.update(inner)
+    return found
 
-    cpu, control = (flat(load_recipe(name).model_dump()) for name in ("cpu", "cpu-anonymised"))
-    differing = {key: (cpu[key], control[key]) for key in cpu if cpu[key] != control[key]}
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cpu-anonymised", {"prompts.titles": ("real", "invented")}),
+        (
+            "cpu-one-window",
+            {
+                "windows.windows_per_user.train": (5, 1),
+                "evaluation.max_test_users": (None, 240),
+            },
+        ),
+    ],
+)
+def test_a_relative_of_cpu_differs_in_what_it_says_alone(name, expected):
+    cpu, relative = (flat(load_recipe(n).model_dump()) for n in ("cpu", name))
+    differing = {key: (cpu[key], relative[key]) for key in cpu if cpu[key] != relative[key]}
     del differing["name"], differing["description"]
-    assert cpu.keys() == control.keys()
-    assert differing == {"prompts.titles": ("real", "invented")}
+    assert cpu.keys() == relative.keys()
+    assert differing == expected
 
 
 def test_only_the_papers_decoding_is_on_by_default_and_in_the_papers_recipe():
     assert load_recipe("paper").generation.decodings == ("free",)
     assert load_recipe("paper").generation.candidates == "none"
-    for name in ("cpu", "cpu-anonymised", "tiny"):
+    for name in ("cpu", "cpu-anonymised", "cpu-one-window", "tiny"):
         rows = load_recipe(name).generation.rows
         assert rows == ("free", "constrained", "ranked", "ranked-ease")
     assert load_recipe("quickstart").generation.rows == ("free", "ranked")
