@@ -29,6 +29,7 @@ from llmrec_assets.models.generation import (
 )
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.memory import FittingBatches
+from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.trie import catalogue_tries
 
@@ -128,6 +129,7 @@ def answer_prompts(
     keys = list(zip(*(prompts[name].tolist() for name in WINDOW_KEY), strict=True))
     started = time.monotonic()
     model, tokenizer = load(dtype=usable_dtype(device, recipe.dtype), device=device.torch)
+    pack(model)
     constrained = set(recipe.rows) - {"free"}
     tries = catalogue_tries(tokenizer, movies, top_k) if constrained else None
     seen = seen_sets(prompts, ratings, movies) if constrained else {}

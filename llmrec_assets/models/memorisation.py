@@ -19,6 +19,7 @@ from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy, precision
 from llmrec_assets.models.memory import FittingBatches
+from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
 from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens
 
@@ -48,6 +49,7 @@ def continue_rows(
     model, tokenizer = load_policy(
         base_dir, [], dtype=usable_dtype(device, recipe.dtype), device=device.torch
     )
+    pack(model)
     # With special tokens: a model trained with a first token knows a text by it.
     asked = [tokenizer(question.prompt)["input_ids"] for question in questions]
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]

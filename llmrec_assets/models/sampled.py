@@ -30,6 +30,7 @@ from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.memory import FittingBatches
+from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
 from llmrec_assets.models.sampling import Decoding, sample_rows, stream
 
@@ -83,6 +84,7 @@ def sample_responses(
         model, tokenizer = load_policy(
             base_dir, adapters, dtype=usable_dtype(device, recipe.dtype), device=device.torch
         )
+        pack(model)
         rows = FittingBatches(
             what="sampled responses",
             item="sample",
