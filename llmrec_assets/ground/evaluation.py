@@ -166,7 +166,14 @@ def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> pd.DataF
 
 
 def _odd_lists(slot: pd.DataFrame, k: int) -> DataError:
-    """Which list is not k slots, or which rows answered different windows."""
+    """Which row has no key, which list is not k slots, or which rows answered other windows."""
+    for name in (*LIST_KEY, *WINDOW_KEY, "rank"):
+        missing = slot[name].isna().to_numpy()
+        if missing.any():
+            return DataError(
+                f"recommendations: row {int(missing.argmax())} has no {name}: materialize these "
+                "recommendations again"
+            )
     lists = (
         slot.groupby([*LIST_KEY, *WINDOW_KEY])["rank"].agg(["size", "nunique", "min"]).reset_index()
     )

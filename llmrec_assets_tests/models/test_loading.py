@@ -1,5 +1,7 @@
 """Loading a policy: what answers is what was trained."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ from llmrec_assets.models.training import lora_config, save_adapter
 CPU = torch.device("cpu")
 TINY = BaseModelRecipe(source="tiny", name="tiny", dtype="float32", label="tiny", seed=3)
 IDS = torch.arange(5, 45).reshape(2, 20)
+
+
+def test_nobody_is_told_of_a_training():
+    code = (
+        "import llmrec_assets.models.sft, huggingface_hub.constants as c; "
+        "print(c.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 @pytest.fixture(scope="module")
