@@ -21,7 +21,7 @@ from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.constrained import CatalogueConstraint, ListGrammar
 from llmrec_assets.models.loading import precision
-from llmrec_assets.models.memory import FittingBatches
+from llmrec_assets.models.memory import FittingBatches, cpu_lanes
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
 from llmrec_assets.models.ranked import Ranking, rank_titles
 from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens, stream
@@ -195,6 +195,7 @@ def fitting_batches(
         remedy="a smaller generation.max_new_tokens or generation.beams; a shorter "
         "prompts.template",
         progress=progress,
+        lanes=cpu_lanes(model.device),
     )
 
 

@@ -13,8 +13,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,7 +121,9 @@ class FittingBatches:
     """Batches for inference: of at most ``size`` items (None: all at once), halved for good where
     the device runs out of memory.
 
-    ``item`` names one of them, for messages; ``remedy``: what in the recipe makes one smaller.
+    ``item`` names one of them, for messages; ``remedy``: what in the recipe makes one smaller;
+    ``lanes``: how many batches run side by side, each in a thread of its own with its share of
+    PyTorch's threads (``cpu_lanes``).
     """
 
     what: str
@@ -127,31 +133,33 @@ class FittingBatches:
     remedy: str
     progress: Progress = silent
     halved: bool = False
+    lanes: int = 1
 
     def map(
         self, items: Sequence[Item], run: Callable[[Sequence[Item]], Found]
-    ) -> Iterator[tuple[Sequence[Item], Found]]:
-        """(batch, ``run(batch)``) one after the other. A batch that does not fit is run again in
-        smaller ones: ``run`` must not leave anything half done.
+    ) -> Generator[tuple[Sequence[Item], Found]]:
+        """(batch, ``run(batch)``) in the order of the items. A batch that does not fit is run again
+        in smaller ones: ``run`` must not leave anything half done. With lanes it is called from
+        several threads at once.
 
         Raises:
             OutOfMemoryError: not even one item fits.
         """
         start = 0
         while start < len(items):
-            end = len(items) if self.size is None else start + self.size
-            batch = items[start:end]
-            try:
-                found = run(batch)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = _first_line(error)
-            else:
-                yield batch, found
-                start += len(batch)
-                continue
-            self._halve(len(batch), reason)
+            size = self.size or -(-len(items) // self.lanes)
+            batches = [items[at : at + size] for at in range(start, len(items), size)]
+            reason = None
+            # Closed before halving: by then nothing of these batches runs, or holds memory.
+            with closing(_side_by_side(batches, run, self.lanes)) as results:
+                for batch, outcome in zip(batches, results, strict=True):
+                    if isinstance(outcome, _DoesNotFit):
+                        reason = outcome.reason
+                        break
+                    yield batch, outcome
+                    start += len(batch)
+            if reason is not None:
+                self._halve(min(size, len(items) - start), reason)
 
     def _halve(self, size: int, reason: str) -> None:
         empty_device(self.device)
@@ -165,6 +173,62 @@ class FittingBatches:
             f"with {self.size}"
         )
         self.progress(_note(self.what, note))
+
+
+@dataclass(frozen=True)
+class _DoesNotFit:
+    """Without the error: it holds the frames, and these hold the tensors."""
+
+    reason: str
+
+
+def _side_by_side(
+    batches: Sequence[Sequence[Item]], run: Callable[[Sequence[Item]], Found], lanes: int
+) -> Generator[Found | _DoesNotFit]:
+    """``run`` of each batch, in order; at most ``lanes`` are under way or wait to be taken.
+
+    Closing it waits for those under way.
+    """
+
+    def outcome(batch: Sequence[Item]) -> Found | _DoesNotFit:
+        try:
+            return run(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return _DoesNotFit(_first_line(error))
+
+    lanes = min(lanes, len(batches))
+    if lanes < 2:
+        yield from map(outcome, batches)
+        return
+    threads = torch.get_num_threads()
+    share = max(1, threads // lanes)
+    # Of every thread that begins from here on: oneDNN's and MKL's shares follow.
+    torch.set_num_threads(share)
+    try:
+        with ThreadPoolExecutor(
+            lanes, initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            rest = iter(batches)
+            under_way = deque(pool.submit(outcome, batch) for batch in islice(rest, lanes))
+            try:
+                while under_way:
+                    yield under_way.popleft().result()
+                    under_way.extend(pool.submit(outcome, batch) for batch in islice(rest, 1))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cpu_lanes(device: torch.device) -> int:
+    """How many batches of an inference run side by side: on a CPU one a thread, at most four.
+
+    A decode step's products have a few rows, too little work for several threads to share: each
+    waits for the others at every one of them. Elsewhere one batch at a time.
+    """
+    return min(torch.get_num_threads(), 4) if device.type == "cpu" else 1
 
 
 def _note(what: str, note: str) -> ProgressEvent:

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.memory import (
     FittingBatches,
     OutOfMemoryError,
+    cpu_lanes,
     is_out_of_memory,
     train_in_fitting_batches,
 )
@@ -281,6 +284,103 @@ def test_where_nothing_fits_the_message_says_what_would(dirs, tmp_path: Path, fi
 
     with pytest.raises(OutOfMemoryError, match=r"one prompt at a time \(MemoryError\).*beams"):
         list(batches.map(range(4), fail))
+
+
+@pytest.fixture
+def four_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _lanes(size: int | None, lanes: int) -> FittingBatches:
+    return FittingBatches("answers", "prompt", size, CPU.torch, "fewer beams", lanes=lanes)
+
+
+@pytest.mark.parametrize("size", [2, 3, None])
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_lanes_keep_the_order_and_share_the_threads(size, lanes, four_threads) -> None:
+    seen = set()
+
+    def run(batch) -> list[int]:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.02 / (1 + batch[0]))  # later batches end first
+        return [item * item for item in batch]
+
+    found = list(_lanes(size, lanes).map(range(11), run))
+    assert [item for batch, _ in found for item in batch] == list(range(11))
+    assert [square for _, squares in found for square in squares] == [i * i for i in range(11)]
+    assert {threads for _, threads in seen} == {4 // lanes}
+    assert len(seen) <= lanes
+    assert torch.get_num_threads() == 4
+
+
+def test_lanes_are_side_by_side(four_threads) -> None:
+    met = threading.Barrier(2, timeout=30)  # breaks where one comes alone
+    assert len(list(_lanes(1, 2).map(range(4), lambda batch: met.wait()))) == 4
+
+
+def test_a_batch_that_does_not_fit_halves_in_lanes_too(four_threads) -> None:
+    notes: list[ProgressEvent] = []
+    batches = _lanes(4, 2)
+    batches.progress = notes.append
+    running = 0
+
+    def run(batch) -> list[int]:
+        nonlocal running
+        running += 1
+        try:
+            if len(batch) > 1 and 6 in batch:
+                raise MemoryError
+            return list(batch)
+        finally:
+            running -= 1
+
+    found = list(batches.map(range(11), run))
+    assert [item for batch, _ in found for item in batch] == list(range(11))
+    assert list(found[0][0]) == [0, 1, 2, 3]
+    assert batches.size == 1 and batches.halved and len(notes) == 2
+    assert running == 0
+
+    def fail(batch) -> None:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError, match="one prompt at a time"):
+        list(_lanes(4, 2).map(range(9), fail))
+    assert torch.get_num_threads() == 4
+
+
+def test_another_error_in_a_lane_ends_all_of_them(four_threads) -> None:
+    calls = []
+
+    def run(batch) -> None:
+        calls.append(batch)
+        raise ValueError("shape mismatch")
+
+    with pytest.raises(ValueError, match="shape mismatch"):
+        list(_lanes(1, 2).map(range(100), run))
+    assert len(calls) <= 4
+    taken = _lanes(1, 2).map(range(100), lambda batch: calls.append(batch))
+    next(taken)
+    taken.close()  # the reader has had enough
+    assert len(calls) <= 10
+    assert torch.get_num_threads() == 4
+
+
+def test_answers_are_the_same_in_lanes(dirs, four_threads) -> None:
+    model, tokenizer = load_policy(dirs[0], [], dtype=torch.float32, device=CPU.torch)
+    recipe = GenerationRecipe(batch_size=2, max_new_tokens=12, dtype="float32")
+    prompts = [f"Film {'and film ' * n}?" for n in range(9)]
+    answers = []
+    for lanes in (1, 3):
+        batches = _lanes(2, lanes)
+        answers.append(
+            generate_responses(model, tokenizer, prompts, recipe, seed=1, batches=batches)
+        )
+    assert answers[0] == answers[1]
+    assert fitting_batches(model, recipe, "answers").lanes == 4
+    assert cpu_lanes(torch.device("cuda")) == 1
 
 
 def test_a_damaged_record_of_sizes_and_another_error_are_what_they_are(tmp_path: Path) -> None:
