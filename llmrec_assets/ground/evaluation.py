@@ -125,6 +125,11 @@ def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64]
     code = np.zeros(len(frame), dtype=np.int64)
     for name in names:
         part, values = pd.factorize(frame[name], sort=True)
+        if (part < 0).any():
+            raise DataError(
+                f"recommendations: row {int((part < 0).argmax())} has no {name}: materialize these "
+                "recommendations again"
+            )
         code = code * len(values) + part
     place, distinct = pd.factorize(code, sort=True)
     return place, len(distinct)
@@ -166,14 +171,7 @@ def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> pd.DataF
 
 
 def _odd_lists(slot: pd.DataFrame, k: int) -> DataError:
-    """Which row has no key, which list is not k slots, or which rows answered other windows."""
-    for name in (*LIST_KEY, *WINDOW_KEY, "rank"):
-        missing = slot[name].isna().to_numpy()
-        if missing.any():
-            return DataError(
-                f"recommendations: row {int(missing.argmax())} has no {name}: materialize these "
-                "recommendations again"
-            )
+    """Which list is not k slots, or which rows answered different windows."""
     lists = (
         slot.groupby([*LIST_KEY, *WINDOW_KEY])["rank"].agg(["size", "nunique", "min"]).reset_index()
     )

@@ -90,7 +90,7 @@ def generate_responses(
         keys = [(position, 0) for position in range(len(prompts))]
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     streams = [[stream(seed, "response", *key)] for key in keys]
-    stops = stop_ids(tokenizer, model)
+    stops, pad = stop_ids(tokenizer, model), tokenizer.pad_token_id
     decoding = Decoding(
         max_new_tokens=recipe.max_new_tokens if lists is None else lists.tries.max_tokens,
         do_sample=recipe.do_sample,
@@ -113,7 +113,7 @@ def generate_responses(
                 [streams[i] for i in batch],
                 decoding,
                 stops=stops,
-                pad=tokenizer.pad_token_id,
+                pad=pad,
                 constraint=constraint,
             )
 
@@ -153,6 +153,7 @@ def ranked_responses(
         OutOfMemoryError: the device cannot hold even one prompt.
     """
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    pad = tokenizer.pad_token_id
 
     def ranked(batch: Sequence[int]) -> list[Ranking]:
         beams = recipe.beams
@@ -166,7 +167,7 @@ def ranked_responses(
                 [lists.open_titles[i] for i in batch],
                 lists.tries,
                 beams=beams,
-                pad=tokenizer.pad_token_id,
+                pad=pad,
             )
 
     responses: dict[int, Response] = {}

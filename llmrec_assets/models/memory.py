@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import psutil
@@ -139,18 +141,21 @@ class FittingBatches:
         self, items: Sequence[Item], run: Callable[[Sequence[Item]], Found]
     ) -> Generator[tuple[Sequence[Item], Found]]:
         """(batch, ``run(batch)``) in the order of the items. A batch that does not fit is run again
-        in smaller ones: ``run`` must not leave anything half done. With lanes it is called from
-        several threads at once.
+        in smaller ones: ``run`` must not leave anything half done.
+
+        With lanes ``run`` is called from several threads at once, without the caller's modes of
+        gradients and autocast, and each lane takes the memory of a batch. A closed lane ends where
+        ``run`` calls ``leave_closed_lane``.
 
         Raises:
             OutOfMemoryError: not even one item fits.
         """
         start = 0
         while start < len(items):
-            size = self.size or -(-len(items) // self.lanes)
+            size = self._size(len(items) - start)
             batches = [items[at : at + size] for at in range(start, len(items), size)]
             reason = None
-            # Closed before halving: by then nothing of these batches runs, or holds memory.
+            # Closed before anything smaller is tried: by then no other batch holds memory.
             with closing(_side_by_side(batches, run, self.lanes)) as results:
                 for batch, outcome in zip(batches, results, strict=True):
                     if isinstance(outcome, _DoesNotFit):
@@ -159,18 +164,32 @@ class FittingBatches:
                     yield batch, outcome
                     start += len(batch)
             if reason is not None:
-                self._halve(min(size, len(items) - start), reason)
+                self._make_room(min(size, len(items) - start), reason)
 
-    def _halve(self, size: int, reason: str) -> None:
+    def _size(self, left: int) -> int:
+        """Of the next batches: ``size``, or less where that keeps all lanes busy to the end."""
+        size = self.size or left
+        if self.lanes == 1:
+            return size
+        rounds = -(-left // (size * self.lanes))
+        return -(-left // (rounds * self.lanes))
+
+    def _make_room(self, size: int, reason: str) -> None:
         empty_device(self.device)
-        if size == 1:
+        if self.lanes > 1:
+            # What did not fit may fit alone.
+            self.size, self.lanes = self.size or size, 1
+            then = "one batch at a time"
+        elif size == 1:
             raise OutOfMemoryError(
                 _nothing_fits(self.what, self.item, self.device, self.remedy, reason)
             )
-        self.size, self.halved = size // 2, True
+        else:
+            self.size, self.halved = size // 2, True
+            then = str(self.size)
         note = (
             f"{self.what}: out of memory with {size} {self.item}s at a time ({reason}); going on "
-            f"with {self.size}"
+            f"with {then}"
         )
         self.progress(_note(self.what, note))
 
@@ -187,7 +206,7 @@ def _side_by_side(
 ) -> Generator[Found | _DoesNotFit]:
     """``run`` of each batch, in order; at most ``lanes`` are under way or wait to be taken.
 
-    Closing it waits for those under way.
+    Closing it, by an error or an interrupt too, waits until those under way have left.
     """
 
     def outcome(batch: Sequence[Item]) -> Found | _DoesNotFit:
@@ -203,30 +222,55 @@ def _side_by_side(
         yield from map(outcome, batches)
         return
     threads = torch.get_num_threads()
-    share = max(1, threads // lanes)
-    # Of every thread that begins from here on: oneDNN's and MKL's shares follow.
-    torch.set_num_threads(share)
+    shares: SimpleQueue[int] = SimpleQueue()
+    for lane in range(lanes):
+        shares.put(max(1, threads // lanes + (lane < threads % lanes)))
+    closed = threading.Event()
+
+    def enter() -> None:
+        torch.get_num_threads()  # the first call in a thread sets what another thread set last
+        torch.set_num_threads(shares.get())  # of this thread, and oneDNN's and MKL's in it
+        _lane.closed = closed
+
+    pool = ThreadPoolExecutor(lanes, initializer=enter)
     try:
-        with ThreadPoolExecutor(
-            lanes, initializer=torch.set_num_threads, initargs=(share,)
-        ) as pool:
-            rest = iter(batches)
-            under_way = deque(pool.submit(outcome, batch) for batch in islice(rest, lanes))
-            try:
-                while under_way:
-                    yield under_way.popleft().result()
-                    under_way.extend(pool.submit(outcome, batch) for batch in islice(rest, 1))
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        rest = iter(batches)
+        # Some wait, so that a lane that is done early goes on at once.
+        under_way = deque(pool.submit(outcome, batch) for batch in islice(rest, 2 * lanes))
+        while under_way:
+            yield under_way.popleft().result()
+            under_way.extend(pool.submit(outcome, batch) for batch in islice(rest, 1))
     finally:
+        closed.set()
+        pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)
 
 
+#: Of each thread of a lane: ``closed``, an event.
+_lane = threading.local()
+
+
+class LaneClosedError(Exception):
+    """Nobody waits for this batch any more."""
+
+
+def leave_closed_lane() -> None:
+    """Between the steps of a batch: ends it where its lane was closed.
+
+    Raises:
+        LaneClosedError: it was.
+    """
+    closed: threading.Event | None = getattr(_lane, "closed", None)
+    if closed is not None and closed.is_set():
+        raise LaneClosedError
+
+
 def cpu_lanes(device: torch.device) -> int:
-    """How many batches of an inference run side by side: on a CPU one a thread, at most four.
+    """How many batches of an inference run side by side: on a CPU as many as it has threads, at
+    most four; elsewhere one.
 
     A decode step's products have a few rows, too little work for several threads to share: each
-    waits for the others at every one of them. Elsewhere one batch at a time.
+    waits for the others at every one of them (measured on two threads, docs/performance.md).
     """
     return min(torch.get_num_threads(), 4) if device.type == "cpu" else 1
 

@@ -1,29 +1,31 @@
-"""Linear layers whose weights are laid out once, for a CPU that only reads them.
+"""An output layer whose weight is laid out once, for a CPU that only reads it.
 
 What belongs here: ``pack``. What does not: the layers of a training, whose weights change
 (``fast_layers``).
 
 A decode step multiplies a few rows by every weight of the model. PyTorch's float32 product lays the
-weight out for the machine's vector units at each call, which for few rows costs more than the
-product: SmolLM2's output layer takes 36 ms for 16 rows, and 14 ms laid out beforehand; a whole step
-178 ms and 147 ms (2 cores, AVX2, torch 2.13). The price is the weights' memory once more.
+weight out for the machine's vector units at each call, which for the widest layer costs more than
+the product: SmolLM2's output layer takes 36 ms for 16 rows, and 14 ms laid out beforehand (2 cores,
+AVX2, torch 2.13). Narrow layers gain nothing, and with one row they lose. The price is the output
+layer's memory once more.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 
-#: Rows a layout is chosen for. Layouts for 16 to 2,048 rows were as fast; one for a single row not.
+#: Rows the layout is chosen for. Layouts for 16 to 2,048 rows were as fast; one for one row not.
 _ROWS = 32
+_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
 
 
 class PackedLinear(torch.nn.Linear):
     """torch's layer; without gradients and in float32, over the weight as oneDNN wants it."""
 
     _packed: torch.Tensor
-    _packed_from: tuple[int, int]
+    _packed_from: tuple[int, int] | None
 
     def pack(self) -> None:
         """Lays the weight out as it is now."""
@@ -31,8 +33,12 @@ class PackedLinear(torch.nn.Linear):
         self._packed_from = self._state()
 
     def _state(self) -> tuple[int, int]:
-        """Another one after every write to the weight, or where it was replaced."""
+        """Another one after a write to the parameter, or where its memory was replaced."""
         return self.weight._version, self.weight.data_ptr()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._packed_from = None  # moved or converted
+        return super()._apply(fn, recurse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if (
@@ -47,19 +53,26 @@ class PackedLinear(torch.nn.Linear):
 
 
 def pack(model: Any) -> None:
-    """Lays out the weights of a model's float32 linear layers on a CPU, in place.
+    """Lays out the weight of a model's float32 output layer on a CPU, in place.
 
-    What the layers compute stays the same up to rounding. Elsewhere, in bfloat16 (not measured) and
-    where PyTorch was built without oneDNN nothing happens. A layer whose weight is written to
-    afterwards computes as torch's does. A packed model cannot be copied (``copy.deepcopy``).
+    What the layer computes stays the same up to rounding. Elsewhere, in bfloat16 (not measured), in
+    an output layer with an adapter and where PyTorch was built without oneDNN nothing happens.
 
     Args:
-        model: a model to read from, with or without live adapters.
+        model: a causal language model to read from, with or without live adapters. A parameter
+            that is written to, moved or converted afterwards counts; a write that goes around
+            PyTorch's count of them (``weight.data``) does not. It can no longer be copied
+            (``copy.deepcopy``).
     """
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
-    for module in model.modules():
-        # Nothing derived: peft's layers compute more than their base.
-        if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32:
-            module.__class__ = PackedLinear
-            PackedLinear.pack(cast(PackedLinear, module))
+    if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
+        return
+    layer = model.get_output_embeddings()
+    # Nothing derived: peft's layers compute more than their base.
+    if type(layer) is not torch.nn.Linear or layer.weight.dtype != torch.float32:
+        return
+    if layer.weight.is_inference():  # PyTorch does not count the writes to it
+        return
+    cast(Any, layer).__class__ = PackedLinear
+    PackedLinear.pack(cast(PackedLinear, layer))

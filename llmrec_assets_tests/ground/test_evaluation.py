@@ -209,10 +209,11 @@ def test_user_metrics_refuse_what_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="user 2, window 0 has no prompt"):
         user_metrics(base, prompts.iloc[:1], MOVIES)
     mixed = base.assign(prompts_version=["p0", "p0", "p0", "p1"])
-    nobodys = base.astype({"user_id": "Int64"})
-    nobodys.loc[nobodys.index[1], "user_id"] = pd.NA
-    with pytest.raises(DataError, match="row 1 has no user_id"):
-        user_metrics(nobodys, prompts, MOVIES)
+    for column in ("user_id", "decoding"):
+        nobodys = base.astype({"user_id": "Int64"})
+        nobodys.loc[nobodys.index[1], column] = None
+        with pytest.raises(DataError, match=f"row 1 has no {column}"):
+            user_metrics(nobodys, prompts, MOVIES)
     with pytest.raises(DataError, match="user 2, window 0 has slots of more than one prompts_v"):
         user_metrics(mixed, prompts, MOVIES)
     _conforms(user_metrics(base.iloc[:0], prompts, MOVIES), USER_METRICS)

@@ -1,5 +1,6 @@
 """Loading a policy: what answers is what was trained."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,11 @@ def test_nobody_is_told_of_a_training():
         "import llmrec_assets.models.sft, huggingface_hub.constants as c; "
         "print(c.HF_HUB_DISABLE_TELEMETRY)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    switches = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    env = {name: value for name, value in os.environ.items() if name not in switches}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
     assert done.stdout.strip() == "True"
 
 
