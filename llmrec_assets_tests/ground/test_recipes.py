@@ -125,7 +125,7 @@ def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
             "cpu-one-window",
             {
                 "windows.windows_per_user.train": (5, 1),
-                "evaluation.max_test_users": (None, 160),
+                "evaluation.max_test_users": (None, 120),
             },
         ),
     ],
