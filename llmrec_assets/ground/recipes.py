@@ -289,8 +289,7 @@ class GenerationRecipe(Section):
     ``decodings``: ``free`` text (the paper's); ``constrained``, a list of distinct unseen titles
     drawn under a mask; ``ranked``, the most probable unseen titles by a search of ``beams`` beams.
     Each is rows of its own in the metric table. ``candidates: ease`` adds the hybrid
-    ``ranked-ease``: the model ranks EASE's ``candidates_per_prompt`` best films. ``batch_size``:
-    prompts at once, on a CPU in each of up to four threads (``memory.cpu_lanes``).
+    ``ranked-ease``: the model ranks EASE's ``candidates_per_prompt`` best films.
     """
 
     decodings: Annotated[tuple[DecodingName, ...], Field(min_length=1)] = ("free",)

@@ -21,7 +21,7 @@ from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.constrained import CatalogueConstraint, ListGrammar
 from llmrec_assets.models.loading import precision
-from llmrec_assets.models.memory import FittingBatches, cpu_lanes
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
 from llmrec_assets.models.ranked import Ranking, rank_titles
 from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens, stream
@@ -90,7 +90,7 @@ def generate_responses(
         keys = [(position, 0) for position in range(len(prompts))]
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     streams = [[stream(seed, "response", *key)] for key in keys]
-    stops, pad = stop_ids(tokenizer, model), tokenizer.pad_token_id
+    stops = stop_ids(tokenizer, model)
     decoding = Decoding(
         max_new_tokens=recipe.max_new_tokens if lists is None else lists.tries.max_tokens,
         do_sample=recipe.do_sample,
@@ -113,7 +113,7 @@ def generate_responses(
                 [streams[i] for i in batch],
                 decoding,
                 stops=stops,
-                pad=pad,
+                pad=tokenizer.pad_token_id,
                 constraint=constraint,
             )
 
@@ -153,7 +153,6 @@ def ranked_responses(
         OutOfMemoryError: the device cannot hold even one prompt.
     """
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    pad = tokenizer.pad_token_id
 
     def ranked(batch: Sequence[int]) -> list[Ranking]:
         beams = recipe.beams
@@ -167,7 +166,7 @@ def ranked_responses(
                 [lists.open_titles[i] for i in batch],
                 lists.tries,
                 beams=beams,
-                pad=pad,
+                pad=tokenizer.pad_token_id,
             )
 
     responses: dict[int, Response] = {}
@@ -196,7 +195,6 @@ def fitting_batches(
         remedy="a smaller generation.max_new_tokens or generation.beams; a shorter "
         "prompts.template",
         progress=progress,
-        lanes=cpu_lanes(model.device),
     )
 
 

@@ -18,7 +18,7 @@ from llmrec_assets.ground.memorisation import Question
 from llmrec_assets.ground.recipes import GenerationRecipe
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy, precision
-from llmrec_assets.models.memory import FittingBatches, cpu_lanes
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
 from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens
@@ -78,7 +78,6 @@ def continue_rows(
         device=device.torch,
         remedy="a smaller probes.context_rows",
         progress=progress,
-        lanes=cpu_lanes(device.torch),
     )
     order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
     texts: dict[int, str] = {}

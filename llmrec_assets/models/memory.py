@@ -13,15 +13,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import psutil
@@ -123,9 +117,7 @@ class FittingBatches:
     """Batches for inference: of at most ``size`` items (None: all at once), halved for good where
     the device runs out of memory.
 
-    ``item`` names one of them, for messages; ``remedy``: what in the recipe makes one smaller;
-    ``lanes``: how many batches run side by side, each in a thread of its own with its share of
-    PyTorch's threads (``cpu_lanes``).
+    ``item`` names one of them, for messages; ``remedy``: what in the recipe makes one smaller.
     """
 
     what: str
@@ -135,144 +127,44 @@ class FittingBatches:
     remedy: str
     progress: Progress = silent
     halved: bool = False
-    lanes: int = 1
 
     def map(
         self, items: Sequence[Item], run: Callable[[Sequence[Item]], Found]
-    ) -> Generator[tuple[Sequence[Item], Found]]:
-        """(batch, ``run(batch)``) in the order of the items. A batch that does not fit is run again
-        in smaller ones: ``run`` must not leave anything half done.
-
-        With lanes ``run`` is called from several threads at once, without the caller's modes of
-        gradients and autocast, and each lane takes the memory of a batch. A closed lane ends where
-        ``run`` calls ``leave_closed_lane``.
+    ) -> Iterator[tuple[Sequence[Item], Found]]:
+        """(batch, ``run(batch)``) one after the other. A batch that does not fit is run again in
+        smaller ones: ``run`` must not leave anything half done.
 
         Raises:
             OutOfMemoryError: not even one item fits.
         """
         start = 0
         while start < len(items):
-            size = self._size(len(items) - start)
-            batches = [items[at : at + size] for at in range(start, len(items), size)]
-            reason = None
-            # Closed before anything smaller is tried: by then no other batch holds memory.
-            with closing(_side_by_side(batches, run, self.lanes)) as results:
-                for batch, outcome in zip(batches, results, strict=True):
-                    if isinstance(outcome, _DoesNotFit):
-                        reason = outcome.reason
-                        break
-                    yield batch, outcome
-                    start += len(batch)
-            if reason is not None:
-                self._make_room(min(size, len(items) - start), reason)
+            end = len(items) if self.size is None else start + self.size
+            batch = items[start:end]
+            try:
+                found = run(batch)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _first_line(error)
+            else:
+                yield batch, found
+                start += len(batch)
+                continue
+            self._halve(len(batch), reason)
 
-    def _size(self, left: int) -> int:
-        """Of the next batches: ``size``, or less where that keeps all lanes busy to the end."""
-        size = self.size or left
-        if self.lanes == 1:
-            return size
-        rounds = -(-left // (size * self.lanes))
-        return -(-left // (rounds * self.lanes))
-
-    def _make_room(self, size: int, reason: str) -> None:
+    def _halve(self, size: int, reason: str) -> None:
         empty_device(self.device)
-        if self.lanes > 1:
-            # What did not fit may fit alone.
-            self.size, self.lanes = self.size or size, 1
-            then = "one batch at a time"
-        elif size == 1:
+        if size == 1:
             raise OutOfMemoryError(
                 _nothing_fits(self.what, self.item, self.device, self.remedy, reason)
             )
-        else:
-            self.size, self.halved = size // 2, True
-            then = str(self.size)
+        self.size, self.halved = size // 2, True
         note = (
             f"{self.what}: out of memory with {size} {self.item}s at a time ({reason}); going on "
-            f"with {then}"
+            f"with {self.size}"
         )
         self.progress(_note(self.what, note))
-
-
-@dataclass(frozen=True)
-class _DoesNotFit:
-    """Without the error: it holds the frames, and these hold the tensors."""
-
-    reason: str
-
-
-def _side_by_side(
-    batches: Sequence[Sequence[Item]], run: Callable[[Sequence[Item]], Found], lanes: int
-) -> Generator[Found | _DoesNotFit]:
-    """``run`` of each batch, in order; at most ``lanes`` are under way or wait to be taken.
-
-    Closing it, by an error or an interrupt too, waits until those under way have left.
-    """
-
-    def outcome(batch: Sequence[Item]) -> Found | _DoesNotFit:
-        try:
-            return run(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return _DoesNotFit(_first_line(error))
-
-    lanes = min(lanes, len(batches))
-    if lanes < 2:
-        yield from map(outcome, batches)
-        return
-    threads = torch.get_num_threads()
-    shares: SimpleQueue[int] = SimpleQueue()
-    for lane in range(lanes):
-        shares.put(max(1, threads // lanes + (lane < threads % lanes)))
-    closed = threading.Event()
-
-    def enter() -> None:
-        torch.get_num_threads()  # the first call in a thread sets what another thread set last
-        torch.set_num_threads(shares.get())  # of this thread, and oneDNN's and MKL's in it
-        _lane.closed = closed
-
-    pool = ThreadPoolExecutor(lanes, initializer=enter)
-    try:
-        rest = iter(batches)
-        # Some wait, so that a lane that is done early goes on at once.
-        under_way = deque(pool.submit(outcome, batch) for batch in islice(rest, 2 * lanes))
-        while under_way:
-            yield under_way.popleft().result()
-            under_way.extend(pool.submit(outcome, batch) for batch in islice(rest, 1))
-    finally:
-        closed.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-#: Of each thread of a lane: ``closed``, an event.
-_lane = threading.local()
-
-
-class LaneClosedError(Exception):
-    """Nobody waits for this batch any more."""
-
-
-def leave_closed_lane() -> None:
-    """Between the steps of a batch: ends it where its lane was closed.
-
-    Raises:
-        LaneClosedError: it was.
-    """
-    closed: threading.Event | None = getattr(_lane, "closed", None)
-    if closed is not None and closed.is_set():
-        raise LaneClosedError
-
-
-def cpu_lanes(device: torch.device) -> int:
-    """How many batches of an inference run side by side: on a CPU as many as it has threads, at
-    most four; elsewhere one.
-
-    A decode step's products have a few rows, too little work for several threads to share: each
-    waits for the others at every one of them (measured on two threads, docs/performance.md).
-    """
-    return min(torch.get_num_threads(), 4) if device.type == "cpu" else 1
 
 
 def _note(what: str, note: str) -> ProgressEvent:

@@ -27,7 +27,6 @@ from transformers.cache_utils import Cache
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.constrained import require_films
 from llmrec_assets.models.fast_layers import last_positions
-from llmrec_assets.models.memory import leave_closed_lane
 from llmrec_assets.models.sampling import RoomyLayer
 from llmrec_assets.models.trie import CatalogueTries, Trie
 
@@ -102,7 +101,6 @@ def rank_titles(
     visible = np.zeros((len(live), 1, 0), dtype=bool)  # which tree positions a hypothesis sees
     depth = 0
     while live:
-        leave_closed_lane()
         _score([searches[i] for i in live], logits, names, renormalised)
         if not any(searches[i].nodes.size for i in live):
             break

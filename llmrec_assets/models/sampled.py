@@ -29,7 +29,7 @@ from llmrec_assets.ground.schemas import SAMPLED_RESPONSES
 from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.loading import load_policy
-from llmrec_assets.models.memory import FittingBatches, cpu_lanes
+from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
 from llmrec_assets.models.sampling import Decoding, sample_rows, stream
@@ -92,7 +92,6 @@ def sample_responses(
             device=device.torch,
             remedy="a smaller sampling.max_new_tokens; a shorter prompts.template",
             progress=progress,
-            lanes=cpu_lanes(device.torch),
         )
         policy = _Policy(model, tokenizer, stop_ids(tokenizer, model), recipe, seed, rows)
     done = sum(len(keys) for number, (keys, _) in enumerate(batches) if number not in missing)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.fast_layers import last_positions
-from llmrec_assets.models.memory import FittingBatches, leave_closed_lane
+from llmrec_assets.models.memory import FittingBatches
 
 #: Tokens of room that the cache takes at a time.
 _ROOM = 32
@@ -195,7 +194,6 @@ def sample_tokens(
     rows = np.arange(len(prompt_of))  # which sample each row of the batch is
     live = np.ones(len(rows), dtype=bool)
     for step in range(decoding.max_new_tokens):
-        leave_closed_lane()
         if constraint is not None:
             logits = constraint.mask(logits, rows)
         drawn = next_tokens(logits, decoding, uniforms(keys[rows], step))
@@ -262,8 +260,7 @@ def sample_rows(
             pad=pad,
         )
 
-    with closing(rows.map(asked, run)) as parts:
-        drawn = [sample for _, found in parts for samples in found for sample in samples]
+    drawn = [sample for _, found in rows.map(asked, run) for samples in found for sample in samples]
     samples = iter(drawn)
     return [[next(samples) for _ in keys] for keys in streams]
 

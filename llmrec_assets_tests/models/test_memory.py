@@ -1,17 +1,12 @@
 """Out of memory: smaller batches, the same examples in every step, the same answers."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import catalogue_cases
 import pandas as pd
 import pytest
 import test_dpo
@@ -25,26 +20,16 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from llmrec_assets.ground.recipes import GenerationRecipe, RlhfRecipe
 from llmrec_assets.models.base import prepare_base_model
-from llmrec_assets.models.generation import (
-    Lists,
-    fitting_batches,
-    generate_responses,
-    ranked_responses,
-)
+from llmrec_assets.models.generation import fitting_batches, generate_responses
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.memory import (
     FittingBatches,
-    LaneClosedError,
     OutOfMemoryError,
-    cpu_lanes,
     is_out_of_memory,
-    leave_closed_lane,
     train_in_fitting_batches,
 )
-from llmrec_assets.models.packed import pack
 from llmrec_assets.models.ppo import train_ppo
 from llmrec_assets.models.progress import ProgressEvent
-from llmrec_assets.models.trie import catalogue_tries
 
 Plant = Callable[..., list[int]]
 
@@ -296,188 +281,6 @@ def test_where_nothing_fits_the_message_says_what_would(dirs, tmp_path: Path, fi
 
     with pytest.raises(OutOfMemoryError, match=r"one prompt at a time \(MemoryError\).*beams"):
         list(batches.map(range(4), fail))
-
-
-@pytest.fixture
-def four_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(threads)
-
-
-def _lanes(size: int | None, lanes: int) -> FittingBatches:
-    return FittingBatches("answers", "prompt", size, CPU.torch, "fewer beams", lanes=lanes)
-
-
-@pytest.mark.parametrize("size", [2, 3, None])
-@pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_lanes_keep_the_order_and_share_the_threads(size, lanes, four_threads) -> None:
-    seen = set()
-
-    def run(batch) -> list[int]:
-        seen.add((threading.get_ident(), torch.get_num_threads()))
-        time.sleep(0.02 / (1 + batch[0]))  # later batches end first
-        return [item * item for item in batch]
-
-    found = list(_lanes(size, lanes).map(range(11), run))
-    assert [item for batch, _ in found for item in batch] == list(range(11))
-    assert [square for _, squares in found for square in squares] == [i * i for i in range(11)]
-    assert {threads for _, threads in seen} == {4 // lanes}
-    assert len(seen) <= lanes
-    assert torch.get_num_threads() == 4
-
-
-def test_lanes_are_side_by_side(four_threads) -> None:
-    met = threading.Barrier(2, timeout=30)  # breaks where one comes alone
-    assert len(list(_lanes(1, 2).map(range(4), lambda batch: met.wait()))) == 4
-
-
-def test_a_batch_that_does_not_fit_is_alone_before_it_is_halved(four_threads) -> None:
-    batches = _lanes(4, 2)
-    notes: list[str] = []
-    running = 0
-
-    def told(event: ProgressEvent) -> None:
-        notes.append(event.note or "")
-        assert running == 0  # the other lane holds nothing any more
-
-    batches.progress = told
-
-    def run(batch) -> list[int]:
-        nonlocal running
-        running += 1
-        try:
-            if len(batch) > 1 and 6 in batch:
-                raise MemoryError
-            time.sleep(0.05)
-            return list(batch)
-        finally:
-            running -= 1
-
-    found = list(batches.map(range(16), run))
-    assert [item for batch, _ in found for item in batch] == list(range(16))
-    assert list(found[0][0]) == [0, 1, 2, 3]
-    assert (batches.size, batches.lanes, batches.halved) == (1, 1, True)
-    assert [note.split("going on with ")[1] for note in notes] == ["one batch at a time", "2", "1"]
-
-    def fail(batch) -> None:
-        raise MemoryError
-
-    with pytest.raises(OutOfMemoryError, match="one prompt at a time"):
-        list(_lanes(4, 2).map(range(9), fail))
-    assert torch.get_num_threads() == 4
-
-
-@pytest.mark.parametrize(("n", "size", "room"), [(17, 16, 16), (3, None, 2), (8, 4, 3), (9, 1, 1)])
-def test_room_for_one_batch_is_enough_for_lanes(n, size, room, four_threads) -> None:
-    held, lock = 0, threading.Lock()
-
-    def run(batch) -> list[int]:
-        nonlocal held
-        with lock:
-            if held + len(batch) > room:
-                raise MemoryError
-            held += len(batch)
-        time.sleep(0.01)
-        with lock:
-            held -= len(batch)
-        return list(batch)
-
-    found = [item for _, items in _lanes(size, 4).map(range(n), run) for item in items]
-    assert found == list(range(n))
-
-
-@pytest.mark.parametrize(
-    ("n", "size", "lanes", "sizes"),
-    [
-        (17, 16, 2, [9, 8]),
-        (70, 16, 2, [12, 12, 12, 12, 12, 10]),
-        (3, 16, 4, [1, 1, 1]),
-        (80, None, 2, [40, 40]),
-        (9, 8, 1, [8, 1]),
-    ],
-)
-def test_lanes_have_work_to_the_end(n, size, lanes, sizes, four_threads) -> None:
-    found = list(_lanes(size, lanes).map(range(n), list))
-    assert [len(batch) for batch, _ in found] == sizes
-
-
-def test_three_lanes_share_four_threads(four_threads) -> None:
-    met = threading.Barrier(3, timeout=30)
-
-    def run(batch) -> int:
-        met.wait()
-        return torch.get_num_threads()
-
-    assert sorted(threads for _, threads in _lanes(1, 3).map(range(3), run)) == [1, 1, 2]
-
-
-def test_another_error_in_a_lane_ends_all_of_them(four_threads) -> None:
-    calls = []
-
-    def run(batch) -> None:
-        calls.append(batch)
-        raise ValueError("shape mismatch")
-
-    with pytest.raises(ValueError, match="shape mismatch"):
-        list(_lanes(1, 2).map(range(100), run))
-    assert len(calls) <= 8
-    taken = _lanes(1, 2).map(range(100), lambda batch: calls.append(batch))
-    next(taken)
-    taken.close()  # the reader has had enough
-    assert len(calls) <= 20
-    assert torch.get_num_threads() == 4
-
-
-def test_an_interrupt_does_not_wait_for_whole_batches(four_threads) -> None:
-    left = []
-
-    def run(batch) -> None:
-        try:
-            for _ in range(6_000):
-                leave_closed_lane()
-                time.sleep(0.01)
-        except LaneClosedError:
-            left.append(batch)
-            raise
-
-    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(_lanes(1, 2).map(range(9), run))
-    assert time.monotonic() - started < 20
-    assert len(left) == 2
-    assert torch.get_num_threads() == 4
-    leave_closed_lane()  # here is no lane
-
-
-def test_answers_are_the_same_in_lanes(dirs, four_threads) -> None:
-    adapters = [dirs[1], dirs[1]]  # the second one stays live
-    model, tokenizer = load_policy(dirs[0], adapters, dtype=torch.float32, device=CPU.torch)
-    pack(model)
-    recipe = GenerationRecipe(batch_size=2, max_new_tokens=12, dtype="float32", do_sample=True)
-    tries = catalogue_tries(tokenizer, catalogue_cases.movies(), 3)
-    prompts = [f"Film {'and film ' * n}?" for n in range(9)]
-    lists = Lists(tries, prompts, [tries.open_titles(frozenset({1 + n % 3})) for n in range(9)])
-    found = []
-    for lanes in (1, 3):
-        asked = (model, tokenizer, prompts, recipe)
-        found.append(
-            [
-                generate_responses(*asked, seed=1, batches=_lanes(2, lanes)),
-                generate_responses(*asked, seed=1, lists=lists, batches=_lanes(2, lanes)),
-                ranked_responses(*asked, lists, batches=_lanes(2, lanes)),
-            ]
-        )
-    free, _, ranked = found[0]
-    assert len({answer.text for answer in free}) > 1
-    for mine, theirs in zip(*found, strict=True):
-        assert [answer.text for answer in mine] == [answer.text for answer in theirs]
-    for mine, theirs in zip(found[1][2], ranked, strict=True):
-        assert mine.log_probabilities == pytest.approx(theirs.log_probabilities, abs=1e-5)
-    assert fitting_batches(model, recipe, "answers").lanes == 4
-    assert cpu_lanes(torch.device("cuda")) == 1
 
 
 def test_a_damaged_record_of_sizes_and_another_error_are_what_they_are(tmp_path: Path) -> None:
