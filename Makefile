@@ -59,8 +59,13 @@ seeds: $(INSTALLED)  ## The quickstart on generator seeds 2 and 3, each in its o
 	  $(BIN)/llmrec run --dataset sample --recipe quickstart || exit 1; \
 	done
 
+# A peer that nothing but the bench needs.
+$(INSTALLED)-bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	touch $@
+
 STAGES ?=
-bench: $(INSTALLED)  ## Every stage beside its peers: make bench STAGES=windows,evaluation
+bench: $(INSTALLED)-bench  ## Every stage beside its peers: make bench STAGES=windows,evaluation
 	$(BIN)/python -m bench --stages "$(STAGES)" --out data/bench/table.md
 
 lint: $(INSTALLED)

@@ -21,8 +21,10 @@ from pathlib import Path
 
 from bench.frame import Bench, Row, machine, table
 
+#: Ten minutes and more each on two cores.
+LANGUAGE_MODELS = ("generation", "sft", "preferences")
 #: In the order of the table. ``windows_32m`` takes minutes and gigabytes: only when named.
-STAGES = ("windows", "grounding", "evaluation", "orchestration")
+STAGES = ("windows", "grounding", "evaluation", "orchestration", *LANGUAGE_MODELS)
 ON_REQUEST = ("windows_32m",)
 
 

@@ -262,16 +262,19 @@ def main(arguments: Sequence[str]) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """All rows as one Markdown table, the notes and the goals below it."""
+    width = max((len(row.peers) for row in rows), default=0)
+    peers = "".join(f" peer {i + 1} | peer {i + 1} / ours (goal) |" for i in range(width))
     lines = [
-        "| stage | ours | peer 1 | peer 1 / ours (goal) | peer 2 | peer 2 / ours (goal) | floor "
-        "| exponent, input × 10 | goals |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| stage | ours |{peers} floor | exponent, input × 10 | goals |",
+        "|---|---|" + "---|---|" * width + "---|---|---|",
     ]
     for row in rows:
-        peers = [*row.peers, ("–", "–"), ("–", "–")][:2]
+        told = [*row.peers, *[("–", "–")] * (width - len(row.peers))]
         met = "–" if not row.goals else "met" if all(row.goals.values()) else "**not met**"
-        cells = [row.stage, row.ours, *peers[0], *peers[1], row.floor, row.exponent, met]
-        lines.append("| " + " | ".join(cells) + " |")
+        pairs = [cell for pair in told for cell in pair]
+        lines.append(
+            "| " + " | ".join([row.stage, row.ours, *pairs, row.floor, row.exponent, met]) + " |"
+        )
     lines.append("")
     lines += [f"- {note}" for row in rows for note in row.notes]
     missed = [f"{row.stage}: {goal}" for row in rows for goal, met in row.goals.items() if not met]

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from bench.frame import OURS, PROJECT, Bench, Figure, Peer, Row, Timer, measure, vars_of
 from llmrec_assets.ground import movielens
+from llmrec_assets.ground.model_files import gguf_file
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.recipes import LoraRecipe, load_recipe
 from llmrec_assets.ground.splits import split_users
@@ -35,6 +36,38 @@ def smollm2(directory: Path) -> Path:
     if not (base / "config.json").exists():
         prepare_base_model(load_recipe("cpu").base_model, base)
     return base
+
+
+def gguf_copy(path: Path, dtype: str) -> Path:
+    """The same weights for llama.cpp: the recipe's GGUF file, its quantised tensors unpacked and
+    rounded as ours are, written in ``dtype`` (vectors in float32, as llama.cpp wants them)."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(gguf_file(load_recipe("cpu").base_model))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    writer = gguf.GGUFWriter(path, fields["general.architecture"])
+    kind = gguf.GGMLQuantizationType.BF16 if dtype == "bfloat16" else gguf.GGMLQuantizationType.F32
+    # Written by the writer itself, or no longer true.
+    left_out = ("GGUF.", "general.architecture", "general.file_type", "general.quantization")
+    for name, field in reader.fields.items():
+        if name.startswith(left_out):
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, fields[name], field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        rounded = exact.to(torch.bfloat16).to(torch.float32).numpy()
+        if rounded.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(tensor.name, rounded)
+        else:
+            packed = gguf.quantize(np.ascontiguousarray(rounded), kind)
+            writer.add_tensor(tensor.name, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def figure2_prompts(n: int) -> pd.DataFrame:

@@ -1,11 +1,14 @@
 """Five sampled answers to each of 64 prompts: SmolLM2, Figure 2 prompts, 64 tokens an answer.
 
-Peers: transformers' ``generate`` prompt by prompt with ``num_return_sequences``, and the same in
-batches of as many prompts as ours. Every answer is sampled to its full length by all, so that all
-generate as many tokens (ours would gain more where answers end: ended rows leave the batch).
+Peers: transformers' ``generate`` prompt by prompt with ``num_return_sequences``, the same in
+batches of as many prompts as ours, and llama.cpp's own server engine with as many sequences at once
+(the wheel of xllamacpp; ``make bench`` installs it) on the same weights in the same type. Every
+answer is sampled to its full length by all, so that all generate as many tokens (ours would gain
+more where answers end: ended rows leave the batch).
 
 Samples differ by their noise, so what is compared is what all must share: the greedy answer to
-every eighth prompt, token by token, in float32.
+every eighth prompt, token by token, in float32. llama.cpp sums in another order: of its greedy
+answers the note tells how many are equal, and the first token of each must be.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from bench.language_models import (
     compared,
     dtype_name,
     figure2_prompts,
+    gguf_copy,
     keep,
     kept,
     peak_flops,
@@ -32,6 +36,7 @@ from bench.language_models import (
 )
 from llmrec_assets.models.chat import prompt_ids
 from llmrec_assets.models.device import pick_device
+from llmrec_assets.models.packed import pack
 from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
 
 PROMPTS = 64
@@ -48,6 +53,9 @@ def rows(bench: Bench) -> list[Row]:
     base = smollm2(inputs)
     prompts = figure2_prompts(PROMPTS)
     prompts.to_parquet(inputs / "prompts.parquet")
+    gguf_copy(inputs / "model.gguf", dtype_name())
+    if dtype_name() != "float32":
+        gguf_copy(inputs / "exact.gguf", "float32")
     config = json.loads((base / "config.json").read_text())
     asked = _asked(inputs)
     n_prompt = sum(map(len, asked))
@@ -76,6 +84,7 @@ def rows(bench: Bench) -> list[Row]:
         [
             Peer("generate, prompt by prompt", "generate_each", goal=3, repeats=1),
             Peer(f"generate, {PROMPTS_PER_BATCH} prompts a batch", "generate_batched", 1.5, 2),
+            Peer(f"llama.cpp, {PROMPTS_PER_BATCH * SAMPLES} at once", "llama_cpp", 1.5, 2),
         ],
         check,
         f"{n_prompt:,} prompt tokens, {n_new:,} new ones, {dtype}",
@@ -88,8 +97,18 @@ def check(out: Mapping[str, Path]) -> str:
     found = {name: kept(path) for name, path in out.items()}
     for name, facts in found.items():
         assert facts["new"] == PROMPTS * SAMPLES * TOKENS, (name, facts["new"])
-        assert facts["greedy"] == found[OURS]["greedy"], f"{name}: greedy answers differ"
-    return f"Greedy answers to {len(found[OURS]['greedy'])} prompts are equal, token by token"
+    ours, said = found.pop(OURS), []
+    for name, theirs in found.items():
+        form = "greedy" if "greedy" in theirs else "texts"
+        same = [mine == other for mine, other in zip(ours[form], theirs[form], strict=True)]
+        if form == "texts":
+            # llama.cpp's sums differ in their last bits; after a near tie nothing is alike.
+            pairs = zip(ours["firsts"], theirs["texts"], strict=True)
+            assert all(other.startswith(first) for first, other in pairs), (name, theirs["texts"])
+        else:
+            assert all(same), f"{name}: greedy answers differ"
+        said.append(f"{sum(same)} of {len(same)} ({name})")
+    return f"Greedy answers equal to ours: {', '.join(said)}"
 
 
 def _asked(inputs: Path) -> list[list[int]]:
@@ -110,6 +129,7 @@ def _batches(asked: list[list[int]], size: int) -> list[list[list[int]]]:
 
 def ours(inputs: Path, out: Path, timer: Timer) -> None:
     asked, model = _asked(inputs), _model(inputs, dtype_name())
+    pack(model)  # as the stages do that answer
 
     def sampled(model: Any, prompts: list[list[int]], n: int, decoding: Decoding) -> list[Any]:
         streams = [[stream(SEED, "bench", i, j) for j in range(n)] for i in range(len(prompts))]
@@ -123,9 +143,18 @@ def ours(inputs: Path, out: Path, timer: Timer) -> None:
         for batch in _batches(asked, PROMPTS_PER_BATCH):
             answers = sampled(model, batch, SAMPLES, decoding)
             new += sum(len(one.tokens) for some in answers for one in some)
+    del model
     exact = _model(inputs, "float32")
     greedy = sampled(exact, asked[::8], 1, Decoding(TOKENS, do_sample=False))
-    keep(out, new=new, greedy=[list(one.tokens) for (one,) in greedy])
+    told = [one.tokens for (one,) in greedy]
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "base")
+    keep(
+        out,
+        new=new,
+        greedy=told,
+        texts=[tokenizer.decode(tokens) for tokens in told],
+        firsts=[tokenizer.decode(tokens[:1]) for tokens in told],
+    )
 
 
 def generate_each(inputs: Path, out: Path, timer: Timer) -> None:
@@ -178,3 +207,64 @@ def _generate(inputs: Path, out: Path, timer: Timer, size: int) -> None:
         for answer in generated(exact, batch, TOKENS, do_sample=False)
     ]
     keep(out, new=new, greedy=greedy)
+
+
+def llama_cpp(inputs: Path, out: Path, timer: Timer) -> None:
+    """One server engine, a slot for each answer at once; a prompt's answers share its cache."""
+    asked = _asked(inputs)
+    answer = _llama_cpp(inputs / "model.gguf", PROMPTS_PER_BATCH * SAMPLES, max(map(len, asked)))
+    answer(asked[:2], 2, 1, temperature=0.0)  # warms up
+    with timer():
+        answers, new = answer(asked, TOKENS, SAMPLES, temperature=TEMPERATURE)
+    assert len(answers) == len(asked) * SAMPLES, len(answers)
+    exact = inputs / "exact.gguf"
+    if exact.exists():
+        answer = _llama_cpp(exact, PROMPTS_PER_BATCH, max(map(len, asked)))
+    texts, _ = answer(asked[::8], TOKENS, 1, temperature=0.0)
+    keep(out, new=new, texts=texts)
+
+
+def _llama_cpp(model: Path, slots: int, longest: int) -> Any:
+    """``(prompts, tokens, n, temperature)`` to all answers, prompt by prompt, and how many tokens
+    they have."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_parallel = slots
+    params.n_ctx = slots * (longest + TOKENS + 8)
+    params.cpuparams.n_threads = torch.get_num_threads()
+    params.verbosity = -1
+    server = xllamacpp.Server(params)
+
+    def answered(prompt: list[int], tokens: int, n: int, temperature: float) -> dict[str, Any]:
+        found = server.handle_completions(
+            {
+                "prompt": prompt,
+                "max_tokens": tokens,
+                "n": n,
+                "temperature": temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "ignore_eos": True,
+                "cache_prompt": False,
+                "seed": SEED,
+            }
+        )
+        assert "choices" in found, found
+        return found
+
+    def answer(
+        prompts: Sequence[list[int]], tokens: int, n: int, *, temperature: float
+    ) -> tuple[list[str], int]:
+        with ThreadPoolExecutor(max(1, slots // n)) as pool:
+            some = list(pool.map(lambda one: answered(one, tokens, n, temperature), prompts))
+        choices = [choice for one in some for choice in one["choices"]]
+        # ``usage`` counts the first choice only.
+        assert all(choice["finish_reason"] == "length" for choice in choices), choices
+        return [choice["text"] for choice in choices], tokens * len(choices)
+
+    return answer
