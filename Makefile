@@ -74,8 +74,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## ruff, type checker, import-linter, pytest
-	$(BIN)/python -m pytest
+# A file's tests share what it sets up, so files are what the processes divide.
+test: lint  ## ruff, type checker, import-linter, pytest (a process a core, at most four)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 clean:  ## Remove the virtual environment (materialized data stays)
 	rm -rf $(VENV)
