@@ -159,7 +159,7 @@ table { border-collapse: collapse; font: .84rem/1.4 "Helvetica Neue", Arial, "De
 caption, figcaption, summary { text-align: left; padding: 0 0 .4rem;
   font: 600 .88rem/1.4 "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
 th, td { padding: .38rem .6rem; text-align: left; vertical-align: top; max-width: 19rem;
-  border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
+  border-bottom: 1px solid var(--rule); overflow-wrap: break-word; }
 thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; overflow-wrap: normal; }
 thead th[scope=colgroup] { text-align: center; border-bottom-color: var(--soft); }
 tbody th { font-weight: 600; min-width: 6.5rem; }
