@@ -54,13 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Beside other processes the files that run whole graphs come first, a minute or two each, so
-    that none of them is left over when the others have nothing to do."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: "orchestration" not in item.path.parts)
-
-
 @pytest.fixture(autouse=True)
 def _isolated(
     request: pytest.FixtureRequest,
