@@ -64,6 +64,8 @@ def defer(*names: str) -> None:
 
     Args:
         names: top-level libraries. One that is not installed is left to its ``import`` to report.
+            None whose submodules a second thread may import by itself at the first use: that thread
+            would hold the submodule's lock and wait for the library's, which waits for it.
     """
     for name in names:
         if name in sys.modules:
