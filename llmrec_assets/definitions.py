@@ -7,10 +7,6 @@ from typing import Any
 
 import dagster as dg
 
-import llmrec_assets.orchestration.deferred  # noqa: F401  before anything imports pandas
-
-# isort: split
-
 from llmrec_assets.orchestration import alerts, automation, jobs, schedules, sensors, upkeep
 from llmrec_assets.orchestration.assets import (
     champion,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import rapidfuzz
+from rapidfuzz import fuzz, process
 
 from llmrec_assets.ground.recipes import GroundingRecipe
 from llmrec_assets.ground.title_index import (
@@ -91,7 +91,7 @@ class Grounder:
         return [matches[text] for text in texts]
 
     def _paper(self, text: str) -> Match:
-        best = rapidfuzz.process.extractOne(text, self._paper_titles, scorer=rapidfuzz.fuzz.WRatio)
+        best = process.extractOne(text, self._paper_titles, scorer=fuzz.WRatio)
         if best is None:  # only an empty catalogue
             return REFUSED
         _, score, position = best
@@ -155,7 +155,7 @@ class Grounder:
                 form, movie_id = forms.texts[column], forms.movie_ids[column]
                 if not self._catalogue.has(movie_id) or forms.numerals[column] != numerals(query):
                     continue
-                score = rapidfuzz.fuzz.WRatio(query, form)
+                score = fuzz.WRatio(query, form)
                 if score >= threshold:
                     yield text, movie_id, float(score)
 
@@ -178,11 +178,7 @@ def _ratios(queries: Sequence[str], forms: Sequence[str], at_least: float) -> np
 
     In double precision, so that the cut is where ``fuzz.ratio`` itself would cut.
     """
-    found: np.ndarray = rapidfuzz.process.cdist(
-        queries,
-        forms,
-        scorer=rapidfuzz.fuzz.ratio,
-        score_cutoff=max(at_least, 0.0),
-        dtype=np.float64,
+    found: np.ndarray = process.cdist(
+        queries, forms, scorer=fuzz.ratio, score_cutoff=max(at_least, 0.0), dtype=np.float64
     )
     return found

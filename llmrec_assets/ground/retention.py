@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
@@ -228,7 +229,7 @@ def _cited_in_table(path: Path) -> Iterator[str]:
     for value in (schema.metadata or {}).values():
         yield value.decode("utf-8", "replace")
     for name in columns:
-        for value in table.column(name).unique().to_pylist():
+        for value in pc.unique(table.column(name)).to_pylist():
             yield value or ""
 
 

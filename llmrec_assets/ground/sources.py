@@ -315,7 +315,7 @@ def _download(dataset: str, archive: OfficialArchive, part: Path, log: Log) -> N
     )
 
 
-class _UnusableProxy(Exception):
+class _UnusableProxy(requests.RequestException):
     """The environment names a proxy by something that is no URL."""
 
 

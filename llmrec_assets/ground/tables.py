@@ -7,11 +7,11 @@ What belongs here: conforming to a schema and hashing content. What does not: wh
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmrec_assets.ground.errors import StoreError
 
@@ -98,8 +98,6 @@ def _type_name(type_: pa.DataType) -> str:
 
 
 def _hash_array(digest: hashlib._Hash, array: pa.Array) -> None:
-    import pyarrow.compute as pc  # 10 MB in every process that only lists the graph
-
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
     digest.update(len(array).to_bytes(8, "little"))
@@ -125,23 +123,20 @@ def _hash_array(digest: hashlib._Hash, array: pa.Array) -> None:
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
     """An Arrow table as a frame: lists are Python lists, nullable integers keep their NULLs."""
-    frame = table.to_pandas(types_mapper=_nullable().get, date_as_object=True)
+    frame = table.to_pandas(types_mapper=_NULLABLE.get, date_as_object=True)
     for field in table.schema:
         if pa.types.is_list(field.type):
             frame[field.name] = pd.Series(
                 table.column(field.name).to_pylist(), index=frame.index, dtype=object
             )
-        elif not field.nullable and field.type in _nullable():
+        elif not field.nullable and field.type in _NULLABLE:
             frame[field.name] = frame[field.name].astype(field.type.to_pandas_dtype())
     return frame
 
 
-@cache
-def _nullable() -> dict[pa.DataType, pd.api.extensions.ExtensionDtype]:
-    """Not a constant: it would load pandas into every process that only lists the graph."""
-    return {
-        pa.int8(): pd.Int8Dtype(),
-        pa.int16(): pd.Int16Dtype(),
-        pa.int32(): pd.Int32Dtype(),
-        pa.int64(): pd.Int64Dtype(),
-    }
+_NULLABLE: dict[pa.DataType, pd.api.extensions.ExtensionDtype] = {
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+}

@@ -22,14 +22,13 @@ from llmrec_assets.ground.health import Finding, examine
 from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.store import Store
 from llmrec_assets.orchestration.dead_runs import bury_dead_runs, dead_runs
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.resources import GpuResource, StoreResource
 from llmrec_assets.orchestration.ticks import CRON, missed_ticks
 
 KEEP = 5
 
 
-def findings_table(findings: Sequence[Finding]) -> Frame:
+def findings_table(findings: Sequence[Finding]) -> pd.DataFrame:
     """One row a finding."""
     return pd.DataFrame([dataclasses.asdict(finding) for finding in findings])
 

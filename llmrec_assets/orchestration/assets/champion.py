@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground import promotion as promoting
 from llmrec_assets.ground.errors import DataError
@@ -17,7 +18,6 @@ from llmrec_assets.orchestration.assets.common import (
     table_options,
 )
 from llmrec_assets.orchestration.config import PromotionConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import dataset_partitions
 from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.resources import GpuResource, StoreResource
@@ -117,7 +117,7 @@ def champion(
         yield _in_force(store, dataset, promotion)
 
 
-def _record(table: Frame) -> dg.MaterializeResult:
+def _record(table: pd.DataFrame) -> dg.MaterializeResult:
     latest = dg.MetadataValue.md(markdown_table(table[_SHOWN].tail(10)))
     return table_result(TABLE, table, {"latest": latest})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground import beyond, evaluation, recommendations
 from llmrec_assets.ground import comparisons as compare
@@ -42,7 +43,6 @@ from llmrec_assets.orchestration.assets.common import (
     table_options,
 )
 from llmrec_assets.orchestration.config import ForceConfig, RunConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_partitions
 from llmrec_assets.orchestration.provenance import note_inputs
 from llmrec_assets.orchestration.resources import StoreResource
@@ -74,7 +74,7 @@ def _require_current(
     storage: StoreResource,
     prompts: StoredTable,
     name: str,
-    table: Frame,
+    table: pd.DataFrame,
 ) -> None:
     version = baselines_version(recipe_of(context).baselines)
     partition = context.partition_key
@@ -99,8 +99,8 @@ def user_metrics(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
-    ratings: Frame,
-    movies: Frame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
 ) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
     stages = _current_stages(context, storage, prompts)
@@ -151,11 +151,11 @@ def group_metrics(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     prompts: StoredTable,
-    interaction_windows: Frame,
-    user_splits: Frame,
-    users: Frame,
-    ratings: Frame,
-    movies: Frame,
+    interaction_windows: pd.DataFrame,
+    user_splits: pd.DataFrame,
+    users: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
     user_metrics: StoredTable,
 ) -> TableResult:
     """NDCG by age, gender, activity and popularity of the ground truth, for every row."""
@@ -183,9 +183,9 @@ def beyond_accuracy(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    movies: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
 ) -> TableResult:
     """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
@@ -217,7 +217,7 @@ def metric_table(
     storage: StoreResource,
     prompts: StoredTable,
     user_metrics: StoredTable,
-    comparisons: Frame,
+    comparisons: pd.DataFrame,
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
     recipe = recipe_of(context)
@@ -266,8 +266,8 @@ def sample_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
-    interaction_windows: Frame,
-    catalogue: Frame,
+    interaction_windows: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> TableResult:
     """One test user through the stages, beside the ground truth (paper Table 2)."""
     recipe = recipe_of(context)
@@ -291,8 +291,8 @@ def sample_recommendations(
 def leave_last_out(
     context: dg.AssetExecutionContext,
     config: RunConfig,
-    ratings: Frame,
-    movies: Frame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
 ) -> TableResult:
     """Classical recommenders by the sequential literature's protocol: the last film among all."""
     from llmrec_assets.models.leave_last_out import classical_leave_last_out

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground.model_files import fingerprint
 from llmrec_assets.ground.plots import curves_plot
@@ -19,7 +20,6 @@ from llmrec_assets.ground.stages import (
 from llmrec_assets.ground.store import StoredTable, read_manifest
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, directory_options
 from llmrec_assets.orchestration.config import ForceConfig, RunConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import (
     recipe_of,
     recipe_partitions,
@@ -49,7 +49,7 @@ def _trained_on_train(asset: str) -> dg.AssetCheckSpec:
 _TRAIN_ONLY = "trained_on_training_users_only"
 
 
-def _train_only(facts: Mapping[str, Any], user_splits: Frame) -> dict[str, list[str]]:
+def _train_only(facts: Mapping[str, Any], user_splits: pd.DataFrame) -> dict[str, list[str]]:
     return {_TRAIN_ONLY: trained_user_problems(facts.get("trained_user_ids"), user_splits)}
 
 
@@ -88,7 +88,7 @@ def sft_checkpoint(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: Frame,
+    user_splits: pd.DataFrame,
     base_model: Path,
 ) -> CheckedResult:
     """LoRA adapter fine-tuned on the training users' ground truth (paper §3.3)."""
@@ -146,7 +146,7 @@ def dpo_checkpoint(
     gpu: GpuResource,
     prompts: StoredTable,
     preference_pairs: StoredTable,
-    user_splits: Frame,
+    user_splits: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
@@ -207,7 +207,7 @@ def reward_model(
     gpu: GpuResource,
     prompts: StoredTable,
     preference_pairs: StoredTable,
-    user_splits: Frame,
+    user_splits: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
@@ -275,7 +275,7 @@ def rlhf_checkpoint(
     prompts: StoredTable,
     ratings: StoredTable,
     catalogue: StoredTable,
-    user_splits: Frame,
+    user_splits: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     reward_model: Path,

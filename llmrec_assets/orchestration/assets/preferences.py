@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground import preferences as pairs
 from llmrec_assets.ground.errors import StoreError
@@ -12,7 +13,6 @@ from llmrec_assets.ground.stages import require_checkpoint, require_sampled_from
 from llmrec_assets.ground.store import Store, StoredTable, checkpoint_version
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
 from llmrec_assets.orchestration.config import RunConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.provenance import keep_provenance
@@ -110,11 +110,11 @@ def _published(store: Store, partition: str, version: str) -> StoredTable | None
 def preference_pairs(
     context: dg.AssetExecutionContext,
     config: RunConfig,
-    sampled_responses: Frame,
+    sampled_responses: pd.DataFrame,
     prompts: StoredTable,
-    ratings: Frame,
-    catalogue: Frame,
-    user_splits: Frame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
+    user_splits: pd.DataFrame,
     sft_checkpoint: Path,
 ) -> CheckedResult:
     """Samples compared by NDCG@k: the better is chosen, ties are dropped (paper §3.4)."""

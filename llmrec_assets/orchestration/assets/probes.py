@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground.memorisation import (
     memorisation_questions,
@@ -15,7 +16,6 @@ from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.provenance import made_before
@@ -37,7 +37,7 @@ def memorisation(
     """Does the base model complete MovieLens' own rows? Beside a control and a guess."""
     recipe, store = recipe_of(context), storage.store()
 
-    def result(frame: Frame, facts: Mapping[str, Any]) -> TableResult:
+    def result(frame: pd.DataFrame, facts: Mapping[str, Any]) -> TableResult:
         table = dg.MetadataValue.md(markdown_table(frame.drop(columns=["checkpoint_version"])))
         shown = {"table": table, "base_model": recipe.base_model.label, **facts}
         return table_result("memorisation", frame, shown)

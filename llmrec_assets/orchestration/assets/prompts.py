@@ -1,6 +1,7 @@
 """Group ``prompts``: from ratings to what the model is asked and should answer."""
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground import leaks
 from llmrec_assets.ground.catalogue import (
@@ -13,7 +14,6 @@ from llmrec_assets.ground.splits import split_users, temporal_split_time
 from llmrec_assets.ground.windows import interaction_windows as draw_windows
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
 from llmrec_assets.orchestration.results import CheckedResult, checked_table_result
 
@@ -33,7 +33,7 @@ GROUP = "prompts"
     ],
 )
 def user_splits(
-    context: dg.AssetExecutionContext, config: RunConfig, users: Frame
+    context: dg.AssetExecutionContext, config: RunConfig, users: pd.DataFrame
 ) -> CheckedResult:
     """70/15/15 by user through a seeded stable hash: a new user never moves an old one."""
     recipe = recipe_of(context)
@@ -59,7 +59,7 @@ def user_splits(
         )
     ],
 )
-def catalogue(context: dg.AssetExecutionContext, movies: Frame) -> CheckedResult:
+def catalogue(context: dg.AssetExecutionContext, movies: pd.DataFrame) -> CheckedResult:
     """Films under the titles that models read and write: the real ones, or invented ones."""
     recipe = recipe_of(context)
     # The recipe's own seed: a seed override redraws users and windows, not the films' names.
@@ -89,9 +89,9 @@ def catalogue(context: dg.AssetExecutionContext, movies: Frame) -> CheckedResult
 def interaction_windows(
     context: dg.AssetExecutionContext,
     config: RunConfig,
-    ratings: Frame,
-    movies: Frame,
-    user_splits: Frame,
+    ratings: pd.DataFrame,
+    movies: pd.DataFrame,
+    user_splits: pd.DataFrame,
 ) -> CheckedResult:
     """Per user: a drawn valid cut-off, the last films up to it and the next liked (paper §3.2)."""
     recipe = recipe_of(context)
@@ -138,10 +138,10 @@ def interaction_windows(
 )
 def prompts(
     context: dg.AssetExecutionContext,
-    interaction_windows: Frame,
-    users: Frame,
-    movies: Frame,
-    catalogue: Frame,
+    interaction_windows: pd.DataFrame,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The user message per window, and the completion SFT learns (paper Figure 2)."""
     recipe = recipe_of(context)

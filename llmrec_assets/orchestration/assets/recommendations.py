@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground.answers import (
     answer_versions,
@@ -15,7 +16,6 @@ from llmrec_assets.ground.stages import policy_problems, response_problems
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
 from llmrec_assets.orchestration.config import RunConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
 from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.provenance import made_before
@@ -68,9 +68,9 @@ def _answer(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    catalogue: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     stage: str,
     base_model: Path,
     *adapters: Path,
@@ -147,9 +147,9 @@ def base_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    catalogue: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
 ) -> CheckedResult:
     """What the base model answers to the test prompts, raw."""
@@ -170,9 +170,9 @@ def sft_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    catalogue: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
@@ -204,9 +204,9 @@ def dpo_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    catalogue: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     dpo_checkpoint: Path,
@@ -240,9 +240,9 @@ def rlhf_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    catalogue: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
     base_model: Path,
     sft_checkpoint: Path,
     rlhf_checkpoint: Path,
@@ -310,10 +310,10 @@ def _ground(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     stage: str,
-    responses: Frame,
+    responses: pd.DataFrame,
     prompts: StoredTable,
-    ratings: Frame,
-    catalogue: Frame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     recipe = recipe_of(context)
     problems = response_problems(
@@ -336,10 +336,10 @@ def _ground(
 def base_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    base_responses: Frame,
+    base_responses: pd.DataFrame,
     prompts: StoredTable,
-    ratings: Frame,
-    catalogue: Frame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The base model's answers parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "base", base_responses, prompts, ratings, catalogue)
@@ -353,10 +353,10 @@ def base_recommendations(
 def sft_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    sft_responses: Frame,
+    sft_responses: pd.DataFrame,
     prompts: StoredTable,
-    ratings: Frame,
-    catalogue: Frame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The fine-tuned model's answers parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "sft", sft_responses, prompts, ratings, catalogue)
@@ -370,10 +370,10 @@ def sft_recommendations(
 def dpo_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    dpo_responses: Frame,
+    dpo_responses: pd.DataFrame,
     prompts: StoredTable,
-    ratings: Frame,
-    catalogue: Frame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The answers after DPO parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "dpo", dpo_responses, prompts, ratings, catalogue)
@@ -387,10 +387,10 @@ def dpo_recommendations(
 def rlhf_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    rlhf_responses: Frame,
+    rlhf_responses: pd.DataFrame,
     prompts: StoredTable,
-    ratings: Frame,
-    catalogue: Frame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """The answers after RLHF parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "rlhf", rlhf_responses, prompts, ratings, catalogue)
@@ -421,9 +421,9 @@ def baseline_recommendations(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     prompts: StoredTable,
-    user_splits: Frame,
-    ratings: Frame,
-    catalogue: Frame,
+    user_splits: pd.DataFrame,
+    ratings: pd.DataFrame,
+    catalogue: pd.DataFrame,
 ) -> CheckedResult:
     """Popularity, ItemKNN, EASE, implicit ALS and SASRec for the same test windows."""
     from llmrec_assets.models.classical_lists import classical_lists

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import dagster as dg
+import pandas as pd
 
 from llmrec_assets.ground import incoming, movielens, sources
 from llmrec_assets.orchestration.assets.common import (
@@ -12,7 +13,6 @@ from llmrec_assets.orchestration.assets.common import (
     table_options,
 )
 from llmrec_assets.orchestration.config import ForceConfig
-from llmrec_assets.orchestration.frames import Frame
 from llmrec_assets.orchestration.partitions import dataset_of, dataset_partitions
 from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import (
@@ -90,8 +90,8 @@ def users(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResu
 def incoming_ratings(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    users: Frame,
-    movies: Frame,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
 ) -> CheckedResult:
     """Ratings that arrived as files in incoming/<data set>: merged, one per user and film."""
     dataset = dataset_of(context)
@@ -128,9 +128,9 @@ def incoming_ratings(
 def ratings(
     context: dg.AssetExecutionContext,
     movielens_files: Path,
-    users: Frame,
-    movies: Frame,
-    incoming_ratings: Frame,
+    users: pd.DataFrame,
+    movies: pd.DataFrame,
+    incoming_ratings: pd.DataFrame,
 ) -> TableResult:
     """Ratings, 1 to 5 stars with their time; every user and movie id is known."""
     original = movielens.read_ratings(movielens_files, dataset_of(context), users, movies)
