@@ -285,15 +285,25 @@ def table(rows: Sequence[Row]) -> str:
 def machine() -> str:
     """Processor, cores, system and versions, for the head of the table."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":")[1].strip() if names else model
-    names = ("numpy", "pandas", "pyarrow", "duckdb", "rapidfuzz", "lenskit", "dagster", "torch")
-    libraries = ", ".join(f"{name} {version(name)}" for name in names)
+    names = (
+        *("numpy", "pandas", "pyarrow", "duckdb", "rapidfuzz", "lenskit", "dagster"),
+        *("torch", "transformers", "trl", "peft", "xllamacpp"),
+    )
+
+    def told(name: str) -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            return f"no {name}"
+
+    libraries = ", ".join(map(told, names))
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],

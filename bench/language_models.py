@@ -38,7 +38,7 @@ def smollm2(directory: Path) -> Path:
     return base
 
 
-def gguf_copy(path: Path, dtype: str) -> Path:
+def gguf_copy(path: Path, dtype: str) -> None:
     """The same weights for llama.cpp: the recipe's GGUF file, its quantised tensors unpacked and
     rounded as ours are, written in ``dtype`` (vectors in float32, as llama.cpp wants them)."""
     import gguf
@@ -67,7 +67,6 @@ def gguf_copy(path: Path, dtype: str) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def figure2_prompts(n: int) -> pd.DataFrame:
