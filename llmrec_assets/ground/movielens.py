@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from llmrec_assets.ground.ordering import by_user_and_time
+from llmrec_assets.ground.ordering import by_user_and_time, occurred_before
 from llmrec_assets.ground.places import city_state
 from llmrec_assets.ground.text_rows import RESTORE, bad_row, number_columns, rows, whole_number
 
@@ -101,11 +101,10 @@ def read_ratings(
     columns = number_columns(directory / file, "ratings", form.ratings_separator, _RATING_FIELDS)
     require_known_ratings(columns, dataset, users, movies, file)
     user, movie, rating, timestamp = columns
-    pair = pd.Series((user << 32) | movie)
-    again = pair.duplicated()
+    again = occurred_before(user, movie)
     if again.any():
-        second = int(again.to_numpy().argmax())
-        first = int((pair == pair[second]).to_numpy().argmax())
+        second = int(again.argmax())
+        first = int(((user == user[second]) & (movie == movie[second])).argmax())
         raise bad_row(
             "ratings",
             file,

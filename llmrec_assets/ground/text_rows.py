@@ -18,6 +18,10 @@ from llmrec_assets.ground.errors import DataError
 
 RESTORE = "Correct the row, or restore the file from the original archive."
 
+#: Bytes that Arrow parses at once: a million ratings take 0.055 s with four times the default, 0.066
+#: with the default.
+_BLOCK = 1 << 22
+
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")  # at most 18 digits: fits int64
 
 
@@ -77,7 +81,9 @@ def read_text(path: Path, table: str) -> bytes:
             f"{table}: file {path} cannot be read ({error.strerror}). Make it a readable file."
         ) from error
     _refuse_other_encodings(data, path.name, table)
-    data = data.replace(b"\r\n", b"\n").rstrip(b"\r\n")
+    if b"\r" in data:  # one byte is found in a tenth of the time that two take
+        data = data.replace(b"\r\n", b"\n")
+    data = data.rstrip(b"\r\n")
     if not data.strip():
         raise DataError(
             f"{table}: file {path.name} is empty (no row 1). Restore it from the original archive."
@@ -145,28 +151,33 @@ def numbers_in(
 
 
 def _quickly(data: bytes, separator: str, fields: Sequence[str]) -> list[np.ndarray] | None:
-    """The columns, or None where anything at all is unusual."""
-    tab = b"\t"
-    if separator != "\t":
-        if tab in data:
-            return None
-        data = data.replace(separator.encode(), tab)
-    if data.translate(None, b"0123456789\t\n"):
+    """The columns, or None where anything at all is unusual.
+
+    Arrow knows separators of one character: "::" is read as two of them with an empty column in
+    between, which costs a fraction of replacing them.
+    """
+    delimiter, repeats = separator[0], len(separator)
+    if separator != delimiter * repeats or data.translate(None, b"0123456789\n" + delimiter.encode()):
         return None
+    between = [[f"{name}, {i}" for i in range(1, repeats)] for name in fields]
+    names = [name for field, empty in zip(fields, between, strict=True) for name in (field, *empty)]
+    names = names[: len(names) - (repeats - 1)]  # nothing lies behind the last field
+    types = {name: pa.int64() if name in fields else pa.null() for name in names}
     try:
         table = csv.read_csv(
             pa.BufferReader(data),
-            read_options=csv.ReadOptions(column_names=list(fields)),
+            read_options=csv.ReadOptions(column_names=names, block_size=_BLOCK),
             parse_options=csv.ParseOptions(
-                delimiter="\t", quote_char=False, ignore_empty_lines=False
+                delimiter=delimiter, quote_char=False, ignore_empty_lines=False
             ),
-            convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(fields, pa.int64()), null_values=[]
-            ),
+            convert_options=csv.ConvertOptions(column_types=types, null_values=[""]),
         )
     except pa.ArrowInvalid:
         return None
-    return [column.to_numpy() for column in table.columns]
+    columns = [table.column(field) for field in fields]
+    if any(column.null_count for column in columns):
+        return None
+    return [column.to_numpy() for column in columns]
 
 
 def _carefully(

@@ -28,31 +28,24 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llmrec_assets.ground.ordering import by_user_and_time
+from llmrec_assets.ground.ordering import by_user_and_time, occurred_before
 from llmrec_assets.ground.recipes import WindowRecipe
 from llmrec_assets.ground.schemas import INTERACTION_WINDOWS
 from llmrec_assets.ground.splits import temporal_split_time
 
-# ``min(x, n)`` keeps a user's n smallest draws; sorting all cut-offs by their draw costs several
-# times as much. Hexadecimal digits order as the text they are.
+# ``arg_min(place, draw, n)`` keeps where a user's n smallest draws are; sorting all cut-offs by their
+# draw costs several times as much. Hexadecimal digits order as the text they are.
 _DRAWN = """
 WITH draws AS (
     SELECT
         user_id, count(*) AS n_valid_cutoffs,
-        min(
-            struct_pack(
-                draw := md5($seed || ':' || user_id || ':' || cutoff_timestamp),
-                cutoff := cutoff_timestamp,
-                place := place
-            ),
-            $most
-        ) AS smallest
+        arg_min(place, md5(concat($seed, ':', user_id, ':', cutoff_timestamp)), $most) AS smallest
     FROM valid
     GROUP BY user_id
 )
 SELECT s.split, d.n_valid_cutoffs, unnest(smallest[:CASE s.split
     WHEN 'train' THEN $train WHEN 'validation' THEN $validation WHEN 'test' THEN $test
-END]).place AS place
+END]) AS place
 FROM draws AS d
 JOIN user_splits AS s ON s.user_id = d.user_id
 ORDER BY place
@@ -194,8 +187,7 @@ def _histories(
         )
         trains = trains[known]
     liked = rating >= recipe.liked_min
-    rated_before = pd.Series((user << 32) | _films(movie, canonical)).duplicated().to_numpy()
-    candidate = liked & ~rated_before
+    candidate = liked & ~occurred_before(user, _films(movie, canonical))
 
     starts = _starts(user)
     sizes = np.diff(starts, append=len(user))
