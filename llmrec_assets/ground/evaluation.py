@@ -8,6 +8,7 @@ metrics' definitions (``metrics``), the bootstrap (``intervals``), and the lists
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -62,27 +63,25 @@ def user_metrics(
     first = recommendations[[*LIST_KEY, *WINDOW_KEY, *_VERSIONS]].iloc[lists[:, 0]]
     table = first.reset_index(drop=True)
     truth = _ground_truth(prompts, canonical_ids(movies))
+    asked = truth.windows.get_indexer(pd.MultiIndex.from_frame(table[WINDOW_KEY]))
+    if (asked < 0).any():
+        lost = table.iloc[int((asked < 0).argmax())]
+        raise DataError(
+            f"recommendations: user {lost['user_id']}, window {lost['window_index']} has no "
+            "prompt: materialize the recommendations again, from these prompts"
+        )
 
     # absent ids are -1, which is no movie id of any source
     films = recommendations["movie_id"].astype("Int32").fillna(-1).to_numpy(dtype=np.int64)[lists]
     duplicate, seen = (
         recommendations[name].to_numpy(dtype=bool)[lists] for name in ("is_duplicate", "is_seen")
     )
-    hits = _relevant(films, table, truth) & ~duplicate & ~seen
+    hits = _relevant(films, truth.films[asked]) & ~duplicate & ~seen
     table["hits"] = hits.sum(axis=1)
     table["n_parsed"] = recommendations["text"].notna().to_numpy()[lists].sum(axis=1)
     table["n_in_catalogue"] = (films >= 0).sum(axis=1)
     table["n_duplicate"], table["n_seen"] = duplicate.sum(axis=1), seen.sum(axis=1)
-
-    sizes = truth.groupby(WINDOW_KEY).size().rename("n_ground_truth").reset_index()
-    table = table.merge(sizes, on=WINDOW_KEY, how="left")
-    lost = table[table["n_ground_truth"].isna()]
-    if len(lost):
-        raise DataError(
-            f"recommendations: user {lost['user_id'].iloc[0]}, window "
-            f"{lost['window_index'].iloc[0]} has no prompt: materialize the recommendations "
-            "again, from these prompts"
-        )
+    table["n_ground_truth"] = truth.size[asked]
     ideal = {n: ideal_dcg(k, n) for n in table["n_ground_truth"].unique()}
     table["ndcg"] = _dcg(hits) / table["n_ground_truth"].map(ideal)
     table["precision"] = table["hits"] / k
@@ -97,13 +96,18 @@ def _lists(recommendations: pd.DataFrame, k: int) -> NDArray[np.int64]:
     Raises:
         DataError: lists are not of k slots or of one version, or rows answered different windows.
     """
-    row, n_rows = _codes(recommendations, LIST_KEY)
-    window, n_windows = _codes(recommendations, WINDOW_KEY)
     rank = recommendations["rank"].to_numpy(dtype=np.int64)
-    slot = (row * n_windows + window) * (k + 1) + rank
+    if _are_blocks(recommendations, rank, k):
+        list_, n_lists = _list_codes(recommendations, every=k)
+        order = np.argsort(list_, kind="stable")
+        if not np.array_equal(list_[order], np.arange(n_lists)):
+            raise _odd_lists(recommendations, k)
+        return order[:, None] * k + np.arange(k)
+    list_, n_lists = _list_codes(recommendations)
+    slot = list_ * (k + 1) + rank
     order = np.argsort(slot, kind="stable")
     # every row, every window, every rank once: whatever lacks or repeats one is told below
-    whole = (np.arange(n_rows * n_windows)[:, None] * (k + 1) + np.arange(1, k + 1)).ravel()
+    whole = (np.arange(n_lists)[:, None] * (k + 1) + np.arange(1, k + 1)).ravel()
     if not np.array_equal(slot[order], whole):
         raise _odd_lists(recommendations, k)
     lists = order.reshape(-1, k)
@@ -120,30 +124,56 @@ def _lists(recommendations: pd.DataFrame, k: int) -> NDArray[np.int64]:
     return lists
 
 
-def _codes(frame: pd.DataFrame, names: Sequence[str]) -> tuple[NDArray[np.int64], int]:
+def _are_blocks(recommendations: pd.DataFrame, rank: NDArray[np.int64], k: int) -> bool:
+    """Whether every k rows are the slots 1 to k of one list and one version, as they are written.
+
+    Then keys are read from one row in k; looking rows up by their text takes most of the time.
+    """
+    if len(rank) % k or (rank.reshape(-1, k) != np.arange(1, k + 1)).any():
+        return False
+    for name in (*WINDOW_KEY, *LIST_KEY, *_VERSIONS):
+        column = recommendations[name]
+        if name in WINDOW_KEY:
+            values = column.to_numpy(dtype=float, na_value=np.nan)  # a missing id equals nothing
+        elif column.dtype == object:
+            values = column.to_numpy()
+        else:
+            values = column.to_numpy(dtype=object, na_value="")  # pandas' NA has no truth value
+        lists = values.reshape(-1, k)
+        if (lists[:, 1:] != lists[:, :1]).any():
+            return False
+    return True
+
+
+def _list_codes(recommendations: pd.DataFrame, every: int = 1) -> tuple[NDArray[np.int64], int]:
+    """The list of each row, or of one row in ``every``, numbered by (list key, window), and how
+    many lists there are if all rows of the table answered all windows."""
+    row, n_rows = _codes(recommendations, LIST_KEY, every)
+    window, n_windows = _codes(recommendations, WINDOW_KEY, every)
+    return row * n_windows + window, n_rows * n_windows
+
+
+def _codes(frame: pd.DataFrame, names: Sequence[str], every: int) -> tuple[NDArray[np.int64], int]:
     """Each row's place among the distinct ones in sorted order, and how many those are."""
-    code = np.zeros(len(frame), dtype=np.int64)
+    code: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
     for name in names:
-        part, values = pd.factorize(frame[name], sort=True)
+        part, values = pd.factorize(frame[name].iloc[::every], sort=True)
         if (part < 0).any():
             raise DataError(
-                f"recommendations: row {int((part < 0).argmax())} has no {name}: materialize these "
-                "recommendations again"
+                f"recommendations: row {every * int((part < 0).argmax())} has no {name}: "
+                "materialize these recommendations again"
             )
         code = code * len(values) + part
     place, distinct = pd.factorize(code, sort=True)
     return place, len(distinct)
 
 
-def _relevant(
-    films: NDArray[np.integer], lists: pd.DataFrame, truth: pd.DataFrame
-) -> NDArray[np.bool_]:
-    """[n_lists, k], whether the film stands in its window's ground truth."""
-    windows = pd.MultiIndex.from_frame(truth[WINDOW_KEY]).drop_duplicates()
-    asked = windows.get_indexer(pd.MultiIndex.from_frame(lists[WINDOW_KEY]))
-    known = windows.get_indexer(pd.MultiIndex.from_frame(truth[WINDOW_KEY]))
-    pairs = (known << 32) | truth["movie_id"].to_numpy(dtype=np.int64)
-    return np.isin((asked[:, None] << 32) | films, pairs)
+def _relevant(films: NDArray[np.integer], relevant: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n_lists, k], whether the film stands among its row's ``relevant`` [n_lists, most]."""
+    hits = np.zeros(films.shape, dtype=np.bool_)
+    for column in relevant.T:
+        hits |= films == column[:, None]
+    return hits
 
 
 def _dcg(hits: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -161,13 +191,30 @@ def _dcg(hits: NDArray[np.bool_]) -> NDArray[np.float64]:
     return total
 
 
-def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> pd.DataFrame:
-    """One row per window and canonical ground truth film."""
-    truth = prompts[[*WINDOW_KEY, "ground_truth_movie_ids"]].explode("ground_truth_movie_ids")
-    truth = truth.rename(columns={"ground_truth_movie_ids": "movie_id"})
-    truth["movie_id"] = [film_of.get(int(i), int(i)) for i in truth["movie_id"].tolist()]
-    truth["movie_id"] = truth["movie_id"].astype("int64")
-    return truth.drop_duplicates().reset_index(drop=True)
+@dataclass(frozen=True)
+class _GroundTruth:
+    """The canonical ground truth films of every window, each once."""
+
+    windows: pd.MultiIndex
+    """``WINDOW_KEY``"""
+    films: NDArray[np.int64]
+    """[n_windows, most films], filled up with 0, which is no movie id"""
+    size: NDArray[np.int64]
+    """[n_windows], how many films"""
+
+
+def _ground_truth(prompts: pd.DataFrame, film_of: Mapping[int, int]) -> _GroundTruth:
+    wanted: dict[tuple[int, int], dict[int, None]] = {}
+    columns = (prompts[name].tolist() for name in (*WINDOW_KEY, "ground_truth_movie_ids"))
+    for user_id, window_index, movie_ids in zip(*columns, strict=True):
+        films = dict.fromkeys([film_of.get(i, i) for i in np.asarray(movie_ids).tolist()])
+        wanted.setdefault((user_id, window_index), {}).update(films)
+    size = np.array([len(films) for films in wanted.values()], dtype=np.int64)
+    table = np.zeros((len(wanted), size.max(initial=0)), dtype=np.int64)
+    filled = np.arange(table.shape[1]) < size[:, None]
+    table[filled] = [film for films in wanted.values() for film in films]
+    keys = np.array(list(wanted), dtype=np.int64).reshape(-1, len(WINDOW_KEY))
+    return _GroundTruth(pd.MultiIndex.from_arrays(list(keys.T), names=WINDOW_KEY), table, size)
 
 
 def _odd_lists(slot: pd.DataFrame, k: int) -> DataError:

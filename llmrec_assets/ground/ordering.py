@@ -1,7 +1,7 @@
 """Ratings in the one order that everything is read in: by user, then time, then film.
 
-What belongs here: sorting rating columns, and finding pairs that occur twice by sorting them. What does not: what the columns mean (``movielens``,
-``windows``).
+What belongs here: sorting rating columns, and finding pairs that occur twice by sorting them.
+What does not: what the columns mean (``movielens``, ``windows``).
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _listing(heading: str, films: tuple[Film, ...], most: int) -> list[str]:
     return lines + [film.line for film in films[-most:]]
 
 
-def _profiles(users: pd.DataFrame) -> dict[int, dict[str, str | None]]:
+def _profiles(users: pd.DataFrame) -> dict[int, dict[str, Any]]:
     """By user id, the part of a ``Question`` that a row of ``users`` answers."""
     names = ("age", "age_band", "gender", "occupation", "city", "state")
     columns = (_texts(users, name) for name in names)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
+from pandas.api.types import infer_dtype
 
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.schemas import RECOMMENDATIONS, SAMPLE_RECOMMENDATIONS
@@ -238,6 +239,12 @@ def stage_key(stage: str) -> tuple[int, str]:
 _DTYPES = {"string": "str", "double": "float64", "float": "float32"}
 
 
+def _is_text(column: pd.Series, name: str) -> bool:
+    """Whether it needs no cast: to look at every value costs a third of writing it as text."""
+    kinds = ("string", "empty")
+    return name == "string" and column.dtype == object and infer_dtype(column) in kinds
+
+
 def typed(table: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
     """The schema's columns in order and in its types, list columns aside.
 
@@ -250,6 +257,6 @@ def typed(table: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
             columns[field.name] = column.astype(name.capitalize())
         else:
             # pandas 2 writes None as the text "None"; the mask takes that back
-            cast = column.astype(_DTYPES.get(name, name))
+            cast = column if _is_text(column, name) else column.astype(_DTYPES.get(name, name))
             columns[field.name] = cast.where(column.notna()) if field.nullable else cast
     return pd.DataFrame(columns)

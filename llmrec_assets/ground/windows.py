@@ -33,8 +33,8 @@ from llmrec_assets.ground.recipes import WindowRecipe
 from llmrec_assets.ground.schemas import INTERACTION_WINDOWS
 from llmrec_assets.ground.splits import temporal_split_time
 
-# ``arg_min(place, draw, n)`` keeps where a user's n smallest draws are; sorting all cut-offs by their
-# draw costs several times as much. Hexadecimal digits order as the text they are.
+# ``arg_min(place, draw, n)`` keeps where a user's n smallest draws are; sorting all cut-offs by
+# their draw costs several times as much. Hexadecimal digits order as the text they are.
 _DRAWN = """
 WITH draws AS (
     SELECT

@@ -198,6 +198,33 @@ def test_user_metrics_equal_the_definitions_in_any_order(lists, seen, random) ->
     pd.testing.assert_frame_equal(shuffled, found, check_exact=True)
 
 
+@pytest.mark.parametrize("dtype", ["string", "category"])
+def test_user_metrics_do_not_depend_on_how_pandas_keeps_text(dtype: str) -> None:
+    prompts = _prompts({(1, 0): [1], (2, 0): [1, 3]})
+    table = _recommendations({(1, 0): [1, 2], (2, 0): [3, 2]}).assign(checkpoint_version=None)
+    names = ["stage", "decoding", "prompts_version", "checkpoint_version"]
+    kept = table.astype(dict.fromkeys(names, dtype))
+    found, expected = (user_metrics(some, prompts, MOVIES) for some in (kept, table))
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    split = kept.astype({"checkpoint_version": object}).reset_index(drop=True)
+    split.loc[1, "checkpoint_version"] = "c1"
+    split["checkpoint_version"] = split["checkpoint_version"].astype(dtype)
+    with pytest.raises(DataError, match="user 1, window 0 has slots of more than one checkpoint"):
+        user_metrics(split, prompts, MOVIES)
+
+
+def test_a_key_missing_in_a_whole_list_is_named_by_its_row() -> None:
+    prompts = _prompts({(1, 0): [1], (2, 0): [1]})
+    table = _recommendations({(1, 0): [1, 2], (2, 0): [1, 2]}).reset_index(drop=True)
+    for column in ("decoding", "user_id"):
+        nobodys = table.astype({"user_id": "Int64"})
+        nobodys.loc[2:, column] = None
+        with pytest.raises(DataError, match=f"row 2 has no {column}"):
+            user_metrics(nobodys, prompts, MOVIES)
+    with pytest.raises(DataError, match="user 1, window 0 has no prompt"):
+        user_metrics(table, prompts.iloc[:0], MOVIES)
+
+
 def test_user_metrics_refuse_what_cannot_be_compared() -> None:
     prompts = _prompts({(1, 0): [1], (2, 0): [1]})
     base = _recommendations({(1, 0): [1, 2], (2, 0): [1, 2]})
