@@ -66,6 +66,8 @@ def load_champion(directory: Path, *, dtype: torch.dtype, device: torch.device) 
     model = AutoModelForCausalLM.from_pretrained(directory / MODEL, dtype=dtype)
     if (directory / ADAPTER).is_dir():
         model = PeftModel.from_pretrained(model, directory / ADAPTER)
+        if dtype == torch.float32:  # as ``load_policy``
+            model = model.merge_and_unload()
     return model.to(device).eval(), tokenizer
 
 
