@@ -28,11 +28,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from llmrec_assets.ground.recipes import DpoRecipe
 from llmrec_assets.models.device import Device, usable_dtype
-from llmrec_assets.models.fast_layers import last_positions, speed_up
+from llmrec_assets.models.fast_layers import chosen_log_probs, speed_up
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.pairs import (
     EqualPairs,
@@ -47,6 +46,13 @@ from llmrec_assets.models.pairs import (
     training_facts,
 )
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
+from llmrec_assets.models.shared_prompts import (
+    CHOSEN,
+    REJECTED,
+    PairCollator,
+    model_inputs,
+    predicted_from,
+)
 from llmrec_assets.models.training import (
     ReportProgress,
     last_complete_checkpoint,
@@ -54,34 +60,37 @@ from llmrec_assets.models.training import (
     save_adapter,
 )
 
+#: The reference's log-probabilities in an example, as TRL names them.
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
-def answer_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probability of each row's answer given its prompt, summed over its tokens, [rows].
+
+def answer_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities of (chosen, rejected) given the prompt, summed over tokens, [pairs, 2].
 
     Args:
-        inputs: ``input_ids`` and ``completion_mask``, each [rows, length], padded on the right:
-            attention is causal, so no answer sees padding and no attention mask is needed. Logits
-            are computed from the first answer on only.
+        batch: as ``PairCollator`` makes it. Logits are computed only where they predict an answer.
     """
-    answers = inputs["completion_mask"].bool()
-    # Position t is predicted from t - 1.
-    first = int(answers.any(dim=0).nonzero()[0])
-    logits = model(
-        input_ids=inputs["input_ids"],
-        use_cache=False,
-        logits_to_keep=last_positions(answers.shape[1] - first + 1),
-    ).logits
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), inputs["input_ids"][:, first:], reduction="none"
+    parts = batch["parts"]
+    answers = (parts == CHOSEN) | (parts == REJECTED)
+    rows, places = answers.nonzero(as_tuple=True)
+    sources = predicted_from(parts)[rows, places]
+    keep = sources.unique()  # sorted
+    logits = model(**model_inputs(batch), logits_to_keep=keep).logits
+    found = chosen_log_probs(
+        logits[rows, torch.searchsorted(keep, sources)], batch["input_ids"][rows, places], 1.0
     )
-    return -(losses * answers[:, first:]).sum(dim=1)
+    log_probs = found.new_zeros(parts.shape).index_put((rows, places), found)
+    # summed row by row, in one order: a resumed training has to end with the same bits
+    sums = [(log_probs * (parts == part)).sum(dim=1) for part in (CHOSEN, REJECTED)]
+    return torch.stack(sums, dim=1)
 
 
 class _PairTrainer(EqualPairs, DPOTrainer):
-    """``DPOTrainer`` on token ids of our own, whose loss projects answer positions only.
+    """``DPOTrainer`` on token ids of our own; a pair's prompt is computed once.
 
-    TRL would render the chat once more and add its own end of text. Its loss projects the
-    prompt's positions too where there is no Triton, and runs the reference in every epoch.
+    TRL would render the chat once more and add its own end of text. Its loss computes the prompt
+    once an answer, projects the prompt's positions too where there is no Triton, and runs the
+    reference in every epoch.
     """
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,9 +104,9 @@ class _PairTrainer(EqualPairs, DPOTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """-log σ(β (log π/π_ref of chosen - of rejected)), eq. 7; mean over pairs."""
-        chosen, rejected = answer_log_probs(model, inputs).chunk(2)
+        chosen, rejected = answer_log_probs(model, inputs).unbind(dim=1)
         margins = self.beta * (
-            (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
+            (chosen - inputs[_REFERENCE[0]]) - (rejected - inputs[_REFERENCE[1]])
         )
         training = self.model.training
         logged = self._metrics["train" if training else "eval"]
@@ -112,7 +121,7 @@ class _PairTrainer(EqualPairs, DPOTrainer):
 def reference_log_probs(
     model: Any,
     examples: Sequence[TokenizedPair],
-    collator: DataCollatorForPreference,
+    collator: PairCollator,
     *,
     batch_size: int,
     dtype: torch.dtype,
@@ -127,7 +136,7 @@ def reference_log_probs(
     started = time.monotonic()
     found = torch.empty(len(examples), 2)
     for start in range(0, len(examples), batch_size):
-        batch = collator(list(examples[start : start + batch_size]))
+        batch = collator(examples[start : start + batch_size])
         inputs = {name: tensor.to(device.torch) for name, tensor in batch.items()}
         with (
             torch.no_grad(),
@@ -135,7 +144,7 @@ def reference_log_probs(
         ):
             summed = answer_log_probs(model, inputs)
         done = min(start + batch_size, len(examples))
-        found[start:done] = summed.reshape(2, -1).T.float().cpu()
+        found[start:done] = summed.float().cpu()
         per_second = done / max(time.monotonic() - started, 1e-9)
         progress(
             ProgressEvent(
@@ -152,8 +161,8 @@ def reference_log_probs(
 def _dataset(examples: Sequence[TokenizedPair], reference: torch.Tensor) -> Dataset:
     return Dataset.from_list(
         [
-            {**example, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            for example, (chosen, rejected) in zip(examples, reference.tolist(), strict=True)
+            {**example, **dict(zip(_REFERENCE, log_probs, strict=True))}
+            for example, log_probs in zip(examples, reference.tolist(), strict=True)
         ]
     )
 
@@ -236,10 +245,10 @@ def _train(
     started = time.monotonic()
     dtype = usable_dtype(device, recipe.dtype)
     model, tokenizer = load_policy(base_dir, [sft_adapter], dtype=dtype, device=device.torch)
+    speed_up(model)  # the reference, too: it has to round as the training does
     resume_from = last_complete_checkpoint(work_dir)
 
-    # What a padded position holds is masked everywhere: it may be the end of turn.
-    collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id or 0)
+    pad = tokenizer.pad_token_id or 0
     kept = work_dir / "reference.safetensors"
     reference = load_file(kept) if kept.exists() else {}
     size = torch.tensor(recipe.micro_batch_size)
@@ -249,7 +258,7 @@ def _train(
             name: reference_log_probs(
                 model,
                 examples,
-                collator,
+                PairCollator(pad),
                 batch_size=batch_size,
                 dtype=dtype,
                 device=device,
@@ -273,14 +282,14 @@ def _train(
     trainer = _PairTrainer(
         model=model,
         args=config,
-        data_collator=collator,
+        data_collator=PairCollator(pad, floats=_REFERENCE),
         train_dataset=_dataset(train, reference["train"]),
         eval_dataset=_dataset(validation, reference["validation"]) if validation else None,
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, "CAUSAL_LM"),
         callbacks=[ReportProgress("DPO", progress, recipe.batch_size)],
     )
-    speed_up(trainer.model)
+    speed_up(trainer.model)  # the adapter's layers
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     adapter_dir = save_adapter(trainer.model, work_dir / "adapter", base_dir.name)

@@ -179,7 +179,9 @@ class _Rotate(torch.autograd.Function):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(s q kᵀ, causal) v over [b, heads, L, d]; fewer key heads are shared by groups.
+    """softmax(s q kᵀ, visible) v over [b, heads, L, d]; fewer key heads are shared by groups.
+
+    ``visible``, bool [b, 1, L, L], says what a query sees; None: what stands up to it.
 
     Forward is PyTorch's tiled kernel, which keeps no L x L matrix. Its backward kernel does not use
     the matrix units; plain products over one L x L matrix at a time do.
@@ -187,21 +189,29 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        visible: torch.Tensor | None,
     ) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
+        bias = None
+        if visible is not None:
+            bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
         wide_k, wide_v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
         y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, wide_k, wide_v, 0.0, True, scale=scaling
+            q, wide_k, wide_v, 0.0, visible is None, attn_mask=bias, scale=scaling
         )
-        ctx.save_for_backward(q, k, v, y, log_sum)
+        ctx.save_for_backward(q, k, v, y, log_sum, visible)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, y, log_sum = ctx.saved_tensors
+        q, k, v, y, log_sum, visible = ctx.saved_tensors
         rows, heads, length, size = q.shape
         shared = k.shape[1]
         groups = heads // shared
@@ -216,8 +226,11 @@ class _CausalAttention(torch.autograd.Function):
         weights = torch.bmm(
             _with_column(q * ctx.scaling, -log_sum), torch.cat([k.transpose(1, 2), ones], dim=1)
         ).exp_()
-        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-        weights.view(-1, groups, length, length).masked_fill_(later, 0)
+        if visible is None:
+            hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+        else:
+            hidden = (~visible).repeat_interleave(shared, dim=0)
+        weights.view(-1, groups, length, length).masked_fill_(hidden, 0)
         dv = torch.bmm(weights.transpose(1, 2), dy)
         inner = torch.einsum("bld,bld->bl", dy.float(), y.float()).unsqueeze(-1)
         d_scores = torch.bmm(
@@ -226,7 +239,7 @@ class _CausalAttention(torch.autograd.Function):
         dq = torch.bmm(d_scores, k).mul_(ctx.scaling).view(rows, heads, length, size)
         dk = torch.bmm(d_scores.transpose(1, 2), q).mul_(ctx.scaling)
         key_shape = (rows, shared, length, size)
-        return dq, dk.view(key_shape), dv.view(key_shape), None
+        return dq, dk.view(key_shape), dv.view(key_shape), None, None
 
 
 def _with_column(x: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
@@ -246,8 +259,9 @@ def causal_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: ours where rows are whole and unmasked, else SDPA."""
-    whole = attention_mask is None and query.shape[2] == key.shape[2] > 1
+    """transformers' attention interface: ours where rows are whole, causal or under a mask that
+    says what each position sees, else SDPA."""
+    whole = query.shape[2] == key.shape[2] > 1 and _is_plain(attention_mask)
     if not whole or dropout or query.device.type != "cpu":
         return sdpa_attention_forward(
             module,
@@ -260,7 +274,13 @@ def causal_attention(
             **kwargs,
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _CausalAttention.apply(query, key, value, scaling).transpose(1, 2), None
+    attended = _CausalAttention.apply(query, key, value, scaling, attention_mask)
+    return attended.transpose(1, 2), None
+
+
+def _is_plain(mask: torch.Tensor | None) -> bool:
+    """No mask, or one that says of every two positions whether one sees the other."""
+    return mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1)
 
 
 class _ChosenLogProbs(torch.autograd.Function):
@@ -328,7 +348,7 @@ class FastAttention(LlamaAttention):
         # transformers before 5.24 names the cache past_key_values
         cached = cache is not None or kwargs.get("past_key_values") is not None
         dropout = self.training and self.attention_dropout > 0
-        if cached or dropout or attention_mask is not None or position_embeddings is None:
+        if cached or dropout or not _is_plain(attention_mask) or position_embeddings is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, cache, **kwargs
             )
@@ -337,7 +357,7 @@ class FastAttention(LlamaAttention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
         q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
-        attended, _ = causal_attention(self, q, k, v, None, scaling=self.scaling)
+        attended, _ = causal_attention(self, q, k, v, attention_mask, scaling=self.scaling)
         attended = attended.reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(attended), None
 
@@ -353,8 +373,8 @@ _FAST = {
 def speed_up(model: Any) -> None:
     """Swaps the layers of a model of the Llama family on a CPU, in place; others stay as they are.
 
-    What the layers compute stays the same up to rounding. Rows have to be padded on the right,
-    without an attention mask, for the attention to be ours.
+    What the layers compute stays the same up to rounding. For the attention to be ours, rows have
+    to be padded on the right, without a mask or with one that says what each position sees.
 
     Args:
         model: the model, with its adapters where it has some.

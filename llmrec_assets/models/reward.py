@@ -59,6 +59,7 @@ from llmrec_assets.models.pairs import (
     training_facts,
 )
 from llmrec_assets.models.progress import Progress, silent
+from llmrec_assets.models.shared_prompts import PairCollator, ends, model_inputs
 from llmrec_assets.models.training import (
     ReportProgress,
     last_complete_checkpoint,
@@ -108,7 +109,7 @@ def sequence_classifier(policy: Any, tokenizer: Any, *, seed: int) -> Any:
 
 
 class _PairTrainer(EqualPairs, RewardTrainer):
-    """``RewardTrainer`` in which every pair of a step counts the same."""
+    """``RewardTrainer`` in which every pair of a step counts the same, its prompt computed once."""
 
     def compute_loss(
         self,
@@ -117,10 +118,32 @@ class _PairTrainer(EqualPairs, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.model.training:
+        """-log σ(r_chosen - r_rejected), mean over pairs."""
+        chosen, rejected = pair_scores(model, inputs, bf16=self.args.bf16).unbind(dim=1)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        training = self.model.training
+        logged = self._metrics["train" if training else "eval"]
+        logged["margin"].append((chosen - rejected).mean().item())
+        logged["accuracy"].append((chosen > rejected).float().mean().item())
+        if training:
             loss = self.weighted(loss, inputs)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
+
+
+def pair_scores(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool) -> torch.Tensor:
+    """Scores of (chosen, rejected) at their ends of turn, float32 [pairs, 2].
+
+    Args:
+        model: the classifier, in its adapter or not. Its own forward pass reads one score a row.
+        batch: as ``PairCollator`` makes it.
+    """
+    classifier = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.autocast(classifier.device.type, torch.bfloat16, enabled=bf16):
+        backbone = getattr(classifier, classifier.base_model_prefix)
+        hidden = backbone(**model_inputs(batch)).last_hidden_state
+        places = ends(batch["parts"])
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        return classifier.score(hidden[rows, places]).squeeze(-1)
 
 
 def _scores(
@@ -248,14 +271,16 @@ def _train(
     resume_from = last_complete_checkpoint(work_dir)
 
     config = RewardConfig(
-        **trainer_settings(recipe, dtype, seed=seed, work_dir=work_dir, device=device)
+        **trainer_settings(recipe, dtype, seed=seed, work_dir=work_dir, device=device),
+        remove_unused_columns=False,  # TRL's own collator reads no prompt
     )
     # Only the leased card: the trainer would spread over all it sees.
     config._n_gpu = min(config.n_gpu, 1)
     trainer = _PairTrainer(
         model=classifier,
         args=config,
-        train_dataset=Dataset.from_list([_whole(example) for example in train]),
+        data_collator=PairCollator(padding_id(tokenizer)),
+        train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
         # peft adds the head, named `score`, to what a SEQ_CLS adapter trains and saves.
         peft_config=lora_config(recipe.lora, "SEQ_CLS"),

@@ -24,6 +24,7 @@ from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device
 from llmrec_assets.models.dpo import train_dpo_on_pairs
 from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.shared_prompts import CHOSEN, PROMPT, REJECTED
 from llmrec_assets.models.training import last_complete_checkpoint, lora_config, save_adapter
 
 CPU = Device("cpu", "CPU", "cpu")
@@ -232,11 +233,11 @@ def test_the_trainer_sees_the_rendering_of_sft_and_sampling(
     (inputs,) = seen
     tokenizer = AutoTokenizer.from_pretrained(model_dirs[0])
     prompt = PROMPTS["prompt"][0]
-    for row, answer in enumerate((PAIRS["chosen"][0], PAIRS["rejected"][0])):
-        real_ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
-        answer_ids = inputs["input_ids"][row][inputs["completion_mask"][row].bool()].tolist()
+    ids, parts = inputs["input_ids"][0], inputs["parts"][0]
+    assert ids[parts == PROMPT].tolist() == prompt_ids(tokenizer, prompt)
+    for part, answer in ((CHOSEN, PAIRS["chosen"][0]), (REJECTED, PAIRS["rejected"][0])):
+        answer_ids = ids[parts == part].tolist()
         assert answer_ids == completion_ids(tokenizer, prompt, answer)
-        assert real_ids == prompt_ids(tokenizer, prompt) + answer_ids
         assert tokenizer.decode(answer_ids) == answer + "<|im_end|>"
 
 

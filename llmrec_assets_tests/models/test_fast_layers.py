@@ -81,19 +81,22 @@ def test_rotation_is_the_libraries() -> None:
     )
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
-def test_attention_is_softmax_of_the_past(key_heads: int) -> None:
+def test_attention_is_softmax_of_what_is_seen(key_heads: int, masked: bool) -> None:
     torch.manual_seed(0)
     length = 9
+    seen = torch.ones(2, 1, length, length, dtype=torch.bool).tril()
+    if masked:  # another part of the past in each row, and always itself
+        seen &= (torch.rand(2, 1, length, length) < 0.5) | torch.eye(length, dtype=torch.bool)
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = (x.repeat_interleave(6 // key_heads, dim=1) for x in (k, v))
         scores = 0.3 * q @ k.transpose(2, 3)
-        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
-        return scores.softmax(-1) @ v
+        return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
     _same(
-        lambda q, k, v: fast._CausalAttention.apply(q, k, v, 0.3),
+        lambda q, k, v: fast._CausalAttention.apply(q, k, v, 0.3, seen if masked else None),
         plain,
         torch.randn(2, 6, length, 8),
         torch.randn(2, key_heads, length, 8),
