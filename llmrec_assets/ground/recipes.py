@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from llmrec_assets.ground.errors import RecipeError
 
@@ -152,9 +160,12 @@ class SamplingRecipe(Section):
     """Sampled responses to the training and validation prompts (paper §3.4).
 
     ``windows_per_user``, ``max_prompts`` and ``max_validation_prompts`` bound what is sampled: the
-    first windows of every user, then the first prompts of each split by (user, window).
+    first windows of every user, then the first prompts of each split by (user, window). ``engine``:
+    what draws them; ``vllm`` (an extra to install) pays where hundreds are drawn on a GPU, and
+    draws other samples of the same distribution.
     """
 
+    engine: Literal["transformers", "vllm"] = "transformers"
     n: Annotated[int, Field(ge=2)] = 5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -166,6 +177,14 @@ class SamplingRecipe(Section):
     max_prompts: Count | None = None
     max_validation_prompts: Count | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @model_serializer(mode="wrap")
+    def _engine_where_it_matters(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Versions are hashes of this: samples drawn before there were engines keep theirs."""
+        values: dict[str, object] = handler(self)
+        if self.engine == "transformers":
+            values.pop("engine", None)
+        return values
 
 
 class PreferenceRecipe(Section):

@@ -26,13 +26,13 @@ from llmrec_assets.ground.recipes import SamplingRecipe
 from llmrec_assets.ground.recommendations import WINDOW_KEY, typed
 from llmrec_assets.ground.sampled import sampled_prompts
 from llmrec_assets.ground.schemas import SAMPLED_RESPONSES
-from llmrec_assets.models.chat import prompt_ids, stop_ids
+from llmrec_assets.models.chat import prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
-from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.generators import Generator, open_generator
+from llmrec_assets.models.loading import load_tokenizer
 from llmrec_assets.models.memory import FittingBatches
-from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
-from llmrec_assets.models.sampling import Decoding, sample_rows, stream
+from llmrec_assets.models.sampling import Decoding, stream
 
 
 def sample_responses(
@@ -52,7 +52,7 @@ def sample_responses(
 
     A text that the prompt already has is drawn again, up to ``recipe.max_draws`` draws in all, then
     left out. The noise is named by (seed, user, window, sample, draw, token position), so that in
-    float32 ``prompts_per_batch`` changes nothing.
+    float32 ``prompts_per_batch`` changes nothing (``recipe.engine``: in vLLM, little).
 
     Args:
         prompts: rows of ``schemas.PROMPTS``.
@@ -66,6 +66,7 @@ def sample_responses(
 
     Raises:
         DataError: there is no prompt to sample.
+        ModelError: the recipe's engine is not installed, or cannot start.
         OutOfMemoryError: the device cannot hold even one sample.
     """
     asked = sampled_prompts(prompts, recipe)
@@ -79,37 +80,46 @@ def sample_responses(
     batches = _batches(asked, recipe.prompts_per_batch)
     finished = {number: files.read(number, keys) for number, (keys, _) in enumerate(batches)}
     missing = [number for number, batch in finished.items() if batch is None]
-    rows = None
+    rows = FittingBatches(
+        what="sampled responses",
+        item="sample",
+        size=None,
+        device=device.torch,
+        remedy="a smaller sampling.max_new_tokens; a shorter prompts.template",
+        progress=progress,
+    )
     if missing:
-        model, tokenizer = load_policy(
-            base_dir, adapters, dtype=usable_dtype(device, recipe.dtype), device=device.torch
-        )
-        pack(model)
-        rows = FittingBatches(
-            what="sampled responses",
-            item="sample",
-            size=None,
+        tokenizer = load_tokenizer(base_dir)
+        tokens = {n: [prompt_ids(tokenizer, text) for text in batches[n][1]] for n in missing}
+        with open_generator(
+            recipe.engine,
+            base_dir,
+            adapters,
+            dtype=usable_dtype(device, recipe.dtype),
             device=device.torch,
-            remedy="a smaller sampling.max_new_tokens; a shorter prompts.template",
-            progress=progress,
-        )
-        policy = _Policy(model, tokenizer, stop_ids(tokenizer, model), recipe, seed, rows)
-    done = sum(len(keys) for number, (keys, _) in enumerate(batches) if number not in missing)
-    sampled_here, started = 0, time.monotonic()
-    for number in missing:
-        keys, texts = batches[number]
-        finished[number] = files.write(number, _sample_batch(policy, keys, texts))
-        done, sampled_here = done + len(keys), sampled_here + len(keys)
-        per_second = sampled_here / (time.monotonic() - started)
-        progress(
-            ProgressEvent(
-                what="sampled responses",
-                step=done,
-                total=len(asked),
-                examples_per_second=per_second,
-                seconds_left=(len(asked) - done) / per_second,
-            )
-        )
+            rows=rows,
+            longest=max(len(ids) for batch in tokens.values() for ids in batch)
+            + recipe.max_new_tokens,
+            work_dir=work_dir,
+        ) as generator:
+            policy = _Policy(generator, tokenizer, recipe, seed)
+            done = sum(len(keys) for keys, _ in batches) - sum(map(len, tokens.values()))
+            sampled_here, started = 0, time.monotonic()
+            for number in missing:
+                keys, _ = batches[number]
+                batch = _sample_batch(policy, keys, tokens[number])
+                finished[number] = files.write(number, batch)
+                done, sampled_here = done + len(keys), sampled_here + len(keys)
+                per_second = sampled_here / (time.monotonic() - started)
+                progress(
+                    ProgressEvent(
+                        what="sampled responses",
+                        step=done,
+                        total=len(asked),
+                        examples_per_second=per_second,
+                        seconds_left=(len(asked) - done) / per_second,
+                    )
+                )
 
     whole = [finished[number] or {} for number in range(len(batches))]
     frame = pd.DataFrame([row for batch in whole for row in batch["responses"]])
@@ -129,7 +139,7 @@ def sample_responses(
         "seconds": round(seconds, 1),
         "tokens_per_second": round(n_tokens / seconds, 1),
         "resumed_batches": len(batches) - len(missing),
-        **({"samples_at_once": rows.size} if rows is not None and rows.halved else {}),
+        **({"samples_at_once": rows.size} if rows.halved else {}),
         "peak_memory_gb": round(peak_memory_gb(device), 2),
         "device": device.name,
     }
@@ -153,16 +163,16 @@ def _batches(
 class _Policy:
     """What all batches are sampled with."""
 
-    model: Any
+    generator: Generator
     tokenizer: Any
-    stops: list[int]
     recipe: SamplingRecipe
     seed: int
-    rows: FittingBatches
 
 
-def _sample_batch(policy: _Policy, keys: list[tuple[int, int]], texts: list[str]) -> dict[str, Any]:
-    """Samples one batch: its responses and what they cost."""
+def _sample_batch(
+    policy: _Policy, keys: list[tuple[int, int]], asked: list[list[int]]
+) -> dict[str, Any]:
+    """Samples one batch, prompts as token ids: its responses and what they cost."""
     recipe, tokenizer = policy.recipe, policy.tokenizer
     decoding = Decoding(
         max_new_tokens=recipe.max_new_tokens,
@@ -171,7 +181,6 @@ def _sample_batch(policy: _Policy, keys: list[tuple[int, int]], texts: list[str]
         top_p=recipe.top_p,
     )
     started = time.monotonic()
-    asked = [prompt_ids(tokenizer, text) for text in texts]
     wanted = [list(range(recipe.n)) for _ in keys]
     seen: list[set[str]] = [set() for _ in keys]
     responses = []
@@ -181,17 +190,13 @@ def _sample_batch(policy: _Policy, keys: list[tuple[int, int]], texts: list[str]
         if not again:
             break
         redrawn += sum(len(wanted[i]) for i in again) if draw else 0
-        answers = sample_rows(
-            policy.model,
+        answers = policy.generator.sample(
             [asked[i] for i in again],
             [
                 [stream(policy.seed, "sample", *keys[i], sample, draw) for sample in wanted[i]]
                 for i in again
             ],
             decoding,
-            stops=policy.stops,
-            pad=tokenizer.pad_token_id,
-            rows=policy.rows,
         )
         for i, drawn in zip(again, answers, strict=True):
             repeats = []

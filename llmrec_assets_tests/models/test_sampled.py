@@ -14,6 +14,7 @@ from llmrec_assets.ground.recipes import BaseModelRecipe, SamplingRecipe
 from llmrec_assets.ground.sampled import sampled_prompts
 from llmrec_assets.ground.schemas import SAMPLED_RESPONSES
 from llmrec_assets.ground.tables import conform
+from llmrec_assets.models import generators
 from llmrec_assets.models import sampled as module
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.chat import prompt_ids, stop_ids
@@ -211,7 +212,7 @@ def test_a_run_killed_within_a_batch_redoes_that_one(
             raise _Killed
         return sample_rows(*arguments, **options)
 
-    monkeypatch.setattr(module, "sample_rows", dies_in_the_third)
+    monkeypatch.setattr(generators, "sample_rows", dies_in_the_third)
     with pytest.raises(_Killed):
         _run(base_dir, tmp_path / "killed")
     monkeypatch.undo()
@@ -244,7 +245,7 @@ def test_with_every_batch_there_no_model_is_loaded(
     base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = _run(base_dir, tmp_path)
-    monkeypatch.setattr(module, "load_policy", None)
+    monkeypatch.setattr(module, "open_generator", None)
     again, facts = _run(base_dir, tmp_path)
     assert facts["resumed_batches"] == 5
     pd.testing.assert_frame_equal(again, expected)
