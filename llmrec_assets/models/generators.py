@@ -33,6 +33,8 @@ Engine = Literal["transformers", "vllm"]
 
 #: Largest ranks of adapters that vLLM can be started for.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: Prompt tokens that vLLM computes in one step.
+_TOKENS_AT_ONCE = 8192
 #: vLLM's seeds are signed.
 _SEEDS = 2**63
 
@@ -208,6 +210,8 @@ def _vllm_generator(
                 load_format="safetensors",
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=longest,
+                max_num_batched_tokens=max(longest, _TOKENS_AT_ONCE),
+                enable_chunked_prefill=False,  # on a CPU it fails where seeds are given
                 enable_prefix_caching=True,  # a prompt is computed once for all its samples
                 generation_config="vllm",  # every sampling parameter is ours
                 seed=0,
