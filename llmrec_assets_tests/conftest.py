@@ -60,8 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     a browser cost minutes to set up."""
     of_ui = {item.path for item in items if "ui" in getattr(item, "fixturenames", ())}
     for item in items:
-        group = "ui" if item.path in of_ui else item.path.relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+        group = "ui" if item.path in of_ui else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

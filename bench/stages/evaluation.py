@@ -178,20 +178,22 @@ def vectorised(inputs: Path, out: Path, timer: Timer) -> None:
 
 
 def check(inputs: Path, out: Mapping[str, Path]) -> str:
-    """Ours and NumPy: all intervals. LensKit: estimates, and NumPy's means of its resamples."""
+    """Ours and NumPy: all estimates, and all intervals to the decimals that ours keeps. LensKit:
+    estimates, and NumPy's means of its resamples."""
     mine, library, arrays = out.values()
     ours, numpy = (np.load(path / "intervals.npy") for path in (mine, arrays))
     assert ours.shape == (3, len(ROWS), len(METRICS)) and (ours[1] < ours[0]).all()
     assert (ours[0] < ours[2]).all()
     differences = [
-        np.abs(ours - numpy).max(),
+        np.abs(ours[0] - numpy[0]).max(),
         np.abs(ours[0] - np.load(library / "values.npy")).max(),
         np.abs(np.load(library / "means.npy") - np.load(arrays / "means.npy")).max(),
     ]
     assert max(differences) < 1e-12, differences
+    assert np.abs(ours - numpy).max() < 1e-9
     return (
-        "The same estimates and intervals as NumPy's and the same estimates and resampled means as "
-        f"LensKit's, to {max(differences):.0e}"
+        "The same estimates as NumPy's and the same estimates and resampled means as LensKit's, to "
+        f"{max(differences):.0e}; the same intervals as NumPy's to nine decimals"
     )
 
 

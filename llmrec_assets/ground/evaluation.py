@@ -135,12 +135,13 @@ def _are_blocks(recommendations: pd.DataFrame, rank: NDArray[np.int64], k: int) 
         column = recommendations[name]
         if name in WINDOW_KEY:
             values = column.to_numpy(dtype=float, na_value=np.nan)  # a missing id equals nothing
-        elif column.dtype == object:
-            values = column.to_numpy()
         else:
-            values = column.to_numpy(dtype=object, na_value="")  # pandas' NA has no truth value
+            values = column.to_numpy(dtype=object)
         lists = values.reshape(-1, k)
-        if (lists[:, 1:] != lists[:, :1]).any():
+        try:
+            if (lists[:, 1:] != lists[:, :1]).any():
+                return False
+        except TypeError:  # pandas' NA has no truth value
             return False
     return True
 

@@ -13,6 +13,9 @@ Floats = NDArray[np.float64]
 #: How often each user is drawn, held at once: bounds memory at about 30 MB.
 _DRAWS_AT_ONCE = 4_000_000
 _DRAWN_TOGETHER = 64
+#: What is kept of an interval's ends: far below what the draws can tell, far above what the order
+#: of a product's sums can move, which changes with the processor and its threads.
+_DECIMALS = 9
 
 
 def bootstrap_means(
@@ -42,7 +45,7 @@ def bootstrap_means(
         signed: [n_columns], true for columns of differences; ``None``: none is.
 
     Returns:
-        mean, low and high, each [n_columns].
+        mean, low and high, each [n_columns]; low and high to nine decimals.
 
     Raises:
         ValueError: there is no user.
@@ -52,13 +55,16 @@ def bootstrap_means(
         raise ValueError("an interval needs at least one user, got none")
     alpha = 1 - confidence
     means = _resampled_means(values, resamples, seed)
-    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0)
+    mean = values.mean(axis=0)
+    ends = np.round(np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0), _DECIMALS)
+    # a column without spread: rounded, its ends could miss its mean
+    low, high = np.where(np.abs(ends - mean) < 10.0**-_DECIMALS, mean, ends)
     zero = ~values.any(axis=0)
     bound = 1 - (alpha / 2) ** (1 / n_users)
     high = np.where(zero, bound, high)
     if signed is not None:
         low = np.where(zero & signed, -bound, low)
-    return values.mean(axis=0), low, high
+    return mean, low, high
 
 
 def _resampled_means(values: Floats, resamples: int, seed: int) -> Floats:

@@ -186,22 +186,20 @@ def _listing(heading: str, films: tuple[Film, ...], most: int) -> list[str]:
 
 def _profiles(users: pd.DataFrame) -> dict[int, dict[str, Any]]:
     """By user id, the part of a ``Question`` that a row of ``users`` answers."""
-    names = ("age", "age_band", "gender", "occupation", "city", "state")
-    columns = (_texts(users, name) for name in names)
+    told = (users[name].tolist() for name in ("user_id", "gender", "occupation"))
+    known = (_known(users, name) for name in ("age", "age_band", "city", "state"))
     profiles = {}
-    for user_id, age, band, gender, occupation, *place in zip(
-        users["user_id"].tolist(), *columns, strict=True
-    ):
+    for user_id, gender, occupation, age, band, *place in zip(*told, *known, strict=True):
         profiles[user_id] = {
             "age": _age(age, band),
             "gender": _GENDERS.get(gender),
-            "occupation": str(occupation or ""),
-            "place": ", ".join(part for part in place if part) or None,
+            "occupation": str(occupation),
+            "place": ", ".join(str(part) for part in place if part is not None) or None,
         }
     return profiles
 
 
-def _texts(users: pd.DataFrame, name: str) -> list[Any]:
+def _known(users: pd.DataFrame, name: str) -> list[Any]:
     """The column as Python values, whatever pandas keeps it in; ``None`` where nothing is known.
 
     Whole columns: asking pandas cell by cell takes ten times as long.

@@ -50,6 +50,8 @@ from llmrec_assets.models.shared_prompts import (
     CHOSEN,
     REJECTED,
     PairCollator,
+    by_pair,
+    is_fit,
     model_inputs,
     predicted_from,
 )
@@ -82,7 +84,7 @@ def answer_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
     log_probs = found.new_zeros(parts.shape).index_put((rows, places), found)
     # summed row by row, in one order: a resumed training has to end with the same bits
     sums = [(log_probs * (parts == part)).sum(dim=1) for part in (CHOSEN, REJECTED)]
-    return torch.stack(sums, dim=1)
+    return by_pair(torch.stack(sums, dim=1), parts)
 
 
 class _PairTrainer(EqualPairs, DPOTrainer):
@@ -248,17 +250,21 @@ def _train(
     speed_up(model)  # the reference, too: it has to round as the training does
     resume_from = last_complete_checkpoint(work_dir)
 
-    pad = tokenizer.pad_token_id or 0
+    pad, shared = tokenizer.pad_token_id or 0, is_fit(model)
     kept = work_dir / "reference.safetensors"
     reference = load_file(kept) if kept.exists() else {}
-    size = torch.tensor(recipe.micro_batch_size)
-    # In batches of the training's own size. What it began with, it goes on with.
-    if not reference or (resume_from is None and reference.get("micro_batch_size", size) != size):
+    size, layout = torch.tensor(recipe.micro_batch_size), torch.tensor(1 + shared)
+    # In batches of the training's own size. What it began with, it goes on with; but the numbers
+    # have to round as the training does now (before there were layouts: in rows apart, unsped).
+    began = reference.get("layout") == layout and (
+        resume_from is not None or reference.get("micro_batch_size", size) == size
+    )
+    if not began:
         reference = {
             name: reference_log_probs(
                 model,
                 examples,
-                PairCollator(pad),
+                PairCollator(pad, shared),
                 batch_size=batch_size,
                 dtype=dtype,
                 device=device,
@@ -268,7 +274,7 @@ def _train(
                 ("train", train, recipe.micro_batch_size),
                 ("validation", validation, 1),
             )
-        } | {"micro_batch_size": size}
+        } | {"micro_batch_size": size, "layout": layout}
         save_file(reference, kept.with_suffix(".part"))
         kept.with_suffix(".part").replace(kept)
 
@@ -282,7 +288,7 @@ def _train(
     trainer = _PairTrainer(
         model=model,
         args=config,
-        data_collator=PairCollator(pad, floats=_REFERENCE),
+        data_collator=PairCollator(pad, shared, _REFERENCE),
         train_dataset=_dataset(train, reference["train"]),
         eval_dataset=_dataset(validation, reference["validation"]) if validation else None,
         processing_class=tokenizer,

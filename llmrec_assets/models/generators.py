@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +117,13 @@ class VllmGenerator:
                 )
         if not asked:
             return [[] for _ in prompts]
-        found = self.llm.generate(asked, parameters, lora_request=self.lora, use_tqdm=False)
+        try:
+            found = self.llm.generate(asked, parameters, lora_request=self.lora, use_tqdm=False)
+        except Exception as error:
+            raise ModelError(
+                f"vLLM failed while it sampled ({error}); its log says more. The batches made so "
+                "far are kept; write sampling.engine: transformers to sample without it"
+            ) from error
         samples = iter([_sample(output.outputs[0], self.stops) for output in found])
         return [[next(samples) for _ in keys] for keys in streams]
 
@@ -171,11 +177,12 @@ def _vllm_generator(
     longest: int,
     work_dir: Path,
 ) -> Iterator[Generator]:
-    """vLLM in a process of its own, which holds the device's memory until the end.
+    """vLLM within this process: one of its own would outlive a kill, and hold the device.
 
-    The first adapter is merged in float32 and cast once, the second is live, as in ``load_policy``.
+    The first adapter is merged in float32 and cast once, the second is live.
     """
     # Read when vLLM is imported. It reports usage to its makers unless told not to.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
@@ -185,7 +192,7 @@ def _vllm_generator(
     except ImportError as error:
         raise ModelError(
             f"the recipe asks for sampling.engine vllm, which cannot be imported ({error}): pip "
-            "install 'llmrec_assets[vllm]', or write engine: transformers"
+            "install -e '.[vllm]' in the project's directory, or write engine: transformers"
         ) from error
     if current_platform.device_type != device.type:  # its build decides, not we
         theirs = current_platform.device_type or "no device of this machine"
@@ -197,7 +204,9 @@ def _vllm_generator(
     for adapter in adapters[1:]:
         lora = LoRARequest("policy", 1, str(adapter))
         options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _vllm_rank(adapter)}
-    with tempfile.TemporaryDirectory(prefix="weights-", dir=work_dir) as weights:
+    weights = work_dir / "weights"
+    shutil.rmtree(weights, ignore_errors=True)  # of an attempt that was killed
+    try:
         cpu = torch.device("cpu")
         model, tokenizer = load_policy(base_dir, adapters[:1], dtype=dtype, device=cpu)
         stops = stop_ids(tokenizer, model)
@@ -205,7 +214,7 @@ def _vllm_generator(
         del model
         try:
             llm = LLM(
-                weights,
+                str(weights),
                 skip_tokenizer_init=True,  # token ids go in and come out
                 load_format="safetensors",
                 dtype=str(dtype).removeprefix("torch."),
@@ -226,6 +235,8 @@ def _vllm_generator(
             yield VllmGenerator(llm, lora, stops)
         finally:
             llm.llm_engine.engine_core.shutdown()
+    finally:
+        shutil.rmtree(weights, ignore_errors=True)
 
 
 def _vllm_rank(adapter: Path) -> int:

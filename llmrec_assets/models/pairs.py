@@ -227,7 +227,8 @@ def training_facts(
     seconds = time.monotonic() - started
     resumed_at = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
     trained_share = 1 - resumed_at / max(trainer.state.max_steps, 1)
-    n_tokens = sum(lengths) * trainer.args.num_train_epochs * trained_share
+    computed = sum(len(ids) for example in examples for ids in example.values())  # prompts once
+    n_tokens = computed * trainer.args.num_train_epochs * trained_share
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "train_pairs": len(pairs.train),

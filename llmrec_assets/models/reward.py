@@ -59,7 +59,13 @@ from llmrec_assets.models.pairs import (
     training_facts,
 )
 from llmrec_assets.models.progress import Progress, silent
-from llmrec_assets.models.shared_prompts import PairCollator, ends, model_inputs
+from llmrec_assets.models.shared_prompts import (
+    PairCollator,
+    by_pair,
+    ends,
+    is_fit,
+    model_inputs,
+)
 from llmrec_assets.models.training import (
     ReportProgress,
     last_complete_checkpoint,
@@ -143,7 +149,7 @@ def pair_scores(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool) -> to
         hidden = backbone(**model_inputs(batch)).last_hidden_state
         places = ends(batch["parts"])
         rows = torch.arange(len(places), device=places.device)[:, None]
-        return classifier.score(hidden[rows, places]).squeeze(-1)
+        return by_pair(classifier.score(hidden[rows, places]).squeeze(-1), batch["parts"])
 
 
 def _scores(
@@ -279,7 +285,7 @@ def _train(
     trainer = _PairTrainer(
         model=classifier,
         args=config,
-        data_collator=PairCollator(padding_id(tokenizer)),
+        data_collator=PairCollator(padding_id(tokenizer), is_fit(policy)),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
         # peft adds the head, named `score`, to what a SEQ_CLS adapter trains and saves.

@@ -90,7 +90,7 @@ def sample_responses(
     )
     if missing:
         tokenizer = load_tokenizer(base_dir)
-        tokens = {n: [prompt_ids(tokenizer, text) for text in batches[n][1]] for n in missing}
+        tokens = [[prompt_ids(tokenizer, text) for text in texts] for _, texts in batches]
         with open_generator(
             recipe.engine,
             base_dir,
@@ -98,12 +98,11 @@ def sample_responses(
             dtype=usable_dtype(device, recipe.dtype),
             device=device.torch,
             rows=rows,
-            longest=max(len(ids) for batch in tokens.values() for ids in batch)
-            + recipe.max_new_tokens,
+            longest=max(len(ids) for batch in tokens for ids in batch) + recipe.max_new_tokens,
             work_dir=work_dir,
         ) as generator:
             policy = _Policy(generator, tokenizer, recipe, seed)
-            done = sum(len(keys) for keys, _ in batches) - sum(map(len, tokens.values()))
+            done = len(asked) - sum(len(tokens[number]) for number in missing)
             sampled_here, started = 0, time.monotonic()
             for number in missing:
                 keys, _ = batches[number]
@@ -140,7 +139,9 @@ def sample_responses(
         "tokens_per_second": round(n_tokens / seconds, 1),
         "resumed_batches": len(batches) - len(missing),
         **({"samples_at_once": rows.size} if rows.halved else {}),
+        # of this process: on a CPU vLLM has more
         "peak_memory_gb": round(peak_memory_gb(device), 2),
+        "engine": recipe.engine,
         "device": device.name,
     }
 

@@ -216,9 +216,9 @@ def test_user_metrics_do_not_depend_on_how_pandas_keeps_text(dtype: str) -> None
 def test_a_key_missing_in_a_whole_list_is_named_by_its_row() -> None:
     prompts = _prompts({(1, 0): [1], (2, 0): [1]})
     table = _recommendations({(1, 0): [1, 2], (2, 0): [1, 2]}).reset_index(drop=True)
-    for column in ("decoding", "user_id"):
+    for column, missing in (("decoding", None), ("decoding", pd.NA), ("user_id", None)):
         nobodys = table.astype({"user_id": "Int64"})
-        nobodys.loc[2:, column] = None
+        nobodys.loc[2:, column] = missing
         with pytest.raises(DataError, match=f"row 2 has no {column}"):
             user_metrics(nobodys, prompts, MOVIES)
     with pytest.raises(DataError, match="user 1, window 0 has no prompt"):

@@ -11,8 +11,8 @@ def test_equals_plain_resampling() -> None:
     rng = np.random.default_rng(5)
     means = np.stack([values[rng.integers(0, 40, 40)].mean(axis=0) for _ in range(300)])
     assert mean == pytest.approx(values.mean(axis=0), abs=1e-12)
-    assert low == pytest.approx(np.quantile(means, 0.05, axis=0), abs=1e-12)
-    assert high == pytest.approx(np.quantile(means, 0.95, axis=0), abs=1e-12)
+    assert low == pytest.approx(np.quantile(means, 0.05, axis=0), abs=1e-9)
+    assert high == pytest.approx(np.quantile(means, 0.95, axis=0), abs=1e-9)
 
 
 def test_width_is_that_of_the_normal_approximation() -> None:
@@ -31,15 +31,32 @@ def test_chunks_do_not_show(monkeypatch) -> None:
         assert one == pytest.approx(other, abs=1e-12)
 
 
+def test_the_order_of_sums_does_not_show() -> None:
+    """Another processor, or another number of threads, moves the last bits of the means."""
+    values = np.random.default_rng(6).integers(0, 2, (50, 1)) / 3
+    mean, low, high = bootstrap_means(values, 200, 0, 0.95)
+    real = intervals._resampled_means
+
+    def moved(*arguments) -> np.ndarray:
+        return real(*arguments) * (1 + 2e-16 * np.random.default_rng(0).integers(-2, 3, (200, 1)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "_resampled_means", moved)
+        assert [mean, low, high] == list(bootstrap_means(values, 200, 0, 0.95))
+    constant = np.full((7, 1), 1 / 3)
+    mean, low, high = bootstrap_means(constant, 100, 0, 0.95)
+    assert low == mean == high
+
+
 def test_columns_share_their_draws() -> None:
     first = np.random.default_rng(4).random(30)
     # paired with itself plus a constant, the difference has no spread at all
     values = np.column_stack([first, first / 2, first - (first / 2 + 0.1)])
     _, low, high = bootstrap_means(values, 200, 0, 0.95)
     alone = bootstrap_means(values[:, :1], 200, 0, 0.95)
-    assert (low[0], high[0]) == pytest.approx((alone[1][0], alone[2][0]), abs=1e-12)
-    assert (low[1], high[1]) == pytest.approx((low[0] / 2, high[0] / 2), abs=1e-12)
-    assert (low[2], high[2]) == pytest.approx((low[0] / 2 - 0.1, high[0] / 2 - 0.1), abs=1e-12)
+    assert (low[0], high[0]) == pytest.approx((alone[1][0], alone[2][0]), abs=1e-9)
+    assert (low[1], high[1]) == pytest.approx((low[0] / 2, high[0] / 2), abs=2e-9)
+    assert (low[2], high[2]) == pytest.approx((low[0] / 2 - 0.1, high[0] / 2 - 0.1), abs=2e-9)
 
 
 def test_no_hit_at_all_still_has_an_upper_end() -> None:

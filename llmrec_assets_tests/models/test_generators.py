@@ -115,7 +115,7 @@ def test_without_vllm_the_message_names_the_extra_and_the_way_without(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with (
-        pytest.raises(ModelError, match=r"llmrec_assets\[vllm\].*engine: transformers"),
+        pytest.raises(ModelError, match=r"pip install -e '\.\[vllm\]'.*engine: transformers"),
         _open("vllm", base_dir, [], tmp_path),
     ):
         pass

