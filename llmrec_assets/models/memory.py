@@ -33,6 +33,7 @@ _SIGNS = (
     "out of memory",
     "status_alloc_failed",
     "bad_alloc",
+    "cannot allocate memory",  # safetensors, of a file to map
 )
 #: In a work directory, once a size did not fit: [[step it began at, examples at a time], …].
 _SIZES = "micro_batch_sizes.json"

@@ -94,7 +94,8 @@ def test_it_loads_with_plain_transformers_and_peft(finished: FinishedRun, tmp_pa
         ids = torch.tensor([prompt_ids(tokenizer, QUESTION)])
         with torch.inference_mode():
             ours = model(ids).logits[0, -1]
-        assert torch.equal(torch.tensor(told["logits"]), ours)
+        # in float32 ours merges DPO's adapter, which is live there
+        assert torch.allclose(torch.tensor(told["logits"]), ours, atol=1e-5)
 
 
 def test_loaded_again_it_is_the_policy_bit_by_bit(packed: tuple[Challenger, Path]) -> None:
