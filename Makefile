@@ -76,7 +76,7 @@ lint: $(INSTALLED)
 
 # A file's tests share what it sets up, so files are what the processes divide.
 test: lint  ## ruff, type checker, import-linter, pytest (a process a core, at most four)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 clean:  ## Remove the virtual environment (materialized data stays)
 	rm -rf $(VENV)

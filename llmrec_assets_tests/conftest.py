@@ -54,16 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process a file, for its fixtures, and one for all files that look at the UI: a server and
-    a browser cost minutes to set up."""
-    of_ui = {item.path for item in items if "ui" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "ui" if item.path in of_ui else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def _isolated(
     request: pytest.FixtureRequest,
