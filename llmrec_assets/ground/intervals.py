@@ -15,7 +15,7 @@ _DRAWS_AT_ONCE = 4_000_000
 _DRAWN_TOGETHER = 64
 #: What is kept of an interval's ends: far below what the draws can tell, far above what the order
 #: of a product's sums can move, which changes with the processor and its threads.
-_DECIMALS = 9
+DECIMALS = 9
 
 
 def bootstrap_means(
@@ -56,9 +56,9 @@ def bootstrap_means(
     alpha = 1 - confidence
     means = _resampled_means(values, resamples, seed)
     mean = values.mean(axis=0)
-    ends = np.round(np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0), _DECIMALS)
+    ends = np.round(np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0), DECIMALS)
     # a column without spread: rounded, its ends could miss its mean
-    low, high = np.where(np.abs(ends - mean) < 10.0**-_DECIMALS, mean, ends)
+    low, high = np.where(np.abs(ends - mean) < 10.0**-DECIMALS, mean, ends)
     zero = ~values.any(axis=0)
     bound = 1 - (alpha / 2) ** (1 / n_users)
     high = np.where(zero, bound, high)

