@@ -60,7 +60,10 @@ def disk_trouble(error: BaseException, home: Path, history: Path | None = None) 
         history: ``DAGSTER_HOME``, whose databases say no path.
     """
     seen: BaseException | None = error
-    while seen is not None:
+    known: set[int] = set()
+    # Dagster raises a step's error from within the handler of the one it caused: a circle.
+    while seen is not None and id(seen) not in known:
+        known.add(id(seen))
         told = _told(seen, home, history)
         if told is not None:
             return told
