@@ -26,6 +26,8 @@ from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.fast_layers import last_positions
 from llmrec_assets.models.memory import FittingBatches
 
+#: Tokens whose weights are summed at once in a draw.
+_SECTION = 512
 #: Tokens of room that the cache takes at a time.
 _ROOM = 32
 
@@ -102,12 +104,33 @@ def next_tokens(logits: torch.Tensor, decoding: Decoding, noise: np.ndarray) -> 
     weights = _weights(logits, decoding)
     if weights.device.type == "mps":  # it has no float64
         weights = weights.cpu()
+    return _drawn(weights, torch.from_numpy(noise).to(weights.device)).to(logits.device)
+
+
+def _drawn(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The first token of each row whose cumulative weight is past ``noise`` [n] of the row's sum:
+    never one of weight zero.
+
+    Sums of ``_SECTION`` tokens find the section, and only there tokens are summed one by one.
+    """
+    n, vocabulary = weights.shape
+    pad = -vocabulary % _SECTION
+    sections = torch.nn.functional.pad(weights, (0, pad)).view(n, -1, _SECTION)
     # A float32 sum over a vocabulary would be off by more than its rare tokens weigh.
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = sections.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     # Times the sum: weights need not add up to one exactly, nor at all after top_p.
-    target = torch.from_numpy(noise).to(weights.device)[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative weight is past the target: never one of weight zero.
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].to(logits.device)
+    target = noise[:, None] * cumulative[:, -1:]
+    section = torch.searchsorted(cumulative, target, right=True)
+    # Not a number: beyond the vocabulary, as the caller is told.
+    beyond = (section == cumulative.shape[-1])[:, 0]
+    section = section.clamp(max=cumulative.shape[-1] - 1)
+    within = sections.gather(1, section[:, :, None].expand(-1, -1, _SECTION))[:, 0]
+    before = cumulative.gather(1, section) - within.sum(dim=-1, dtype=torch.float64)[:, None]
+    past = before + within.cumsum(dim=-1, dtype=torch.float64) > target
+    # Rounding may put the target past the section's own sum: its last token that weighs something.
+    last = _SECTION - 1 - within.gt(0).flip(-1).byte().argmax(dim=-1)
+    place = torch.where(past.any(dim=-1), past.byte().argmax(dim=-1), last)
+    return (section[:, 0] * _SECTION + place).masked_fill(beyond, vocabulary)
 
 
 def _weights(logits: torch.Tensor, decoding: Decoding) -> torch.Tensor:
