@@ -97,12 +97,13 @@ def dtype_name() -> str:
 
 
 class StepClock(TrainerCallback):
-    """Times all steps of a training but the first, which warms up. Ours tells of each step by
+    """Times all steps of a training but the first ``warm_up``. Ours tells of each step by
     ``progress``; a trainer of a peer has this as its callback."""
 
-    def __init__(self, timer: Timer) -> None:
+    def __init__(self, timer: Timer, warm_up: int = 1) -> None:
         self._timer = timer
         self._ends: list[tuple[float, float]] = []
+        self._warm_up = warm_up
 
     def __call__(self, event: ProgressEvent) -> None:
         if event.loss is not None:
@@ -114,8 +115,16 @@ class StepClock(TrainerCallback):
 
     def _step(self) -> None:
         self._ends.append((time.perf_counter(), time.process_time()))
-        (wall, cpu), (last_wall, last_cpu) = self._ends[0], self._ends[-1]
+        if len(self._ends) < self._warm_up:
+            return
+        (wall, cpu), (last_wall, last_cpu) = self._ends[self._warm_up - 1], self._ends[-1]
         self._timer.seconds, self._timer.cpu_seconds = last_wall - wall, last_cpu - cpu
+
+
+def settings(inputs: Path, **defaults: Any) -> dict[str, Any]:
+    """``settings.json`` of a stage's input over these."""
+    file = inputs / "settings.json"
+    return defaults | (json.loads(file.read_text()) if file.exists() else {})
 
 
 def keep(out: Path, **facts: Any) -> None:
@@ -164,6 +173,26 @@ def lora_parameters(config: Mapping[str, Any], lora: LoraRecipe) -> int:
     kv = width * config["num_key_value_heads"] // config["num_attention_heads"]
     sides = [2 * width, 2 * width, width + kv, width + kv, *[width + inner] * 3]
     return config["num_hidden_layers"] * lora.r * sum(sides)
+
+
+def sft_flops(
+    config: Mapping[str, Any], lora: LoraRecipe, examples: Sequence[Mapping[str, Sequence[int]]]
+) -> float:
+    """Floating-point operations of an epoch of SFT.
+
+    Forward, and backward to the activations: the base model's own weights have no gradient. Output
+    layer on answer tokens only, adapters three times, causal attention (half of L × L).
+    """
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    n_tokens = sum(len(e["input_ids"]) for e in examples)
+    n_answer = sum(label != -100 for e in examples for label in e["labels"])
+    squares = sum(len(e["input_ids"]) ** 2 for e in examples)
+    return (
+        4 * body_parameters(config) * n_tokens
+        + 4 * width * config["vocab_size"] * n_answer
+        + 6 * lora_parameters(config, lora) * n_tokens
+        + 3 * 2 * width * layers * squares
+    )
 
 
 def compared(

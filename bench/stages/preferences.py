@@ -36,6 +36,7 @@ from bench.language_models import (
     lora_parameters,
     peak_flops,
     require_alike,
+    settings,
     smollm2,
 )
 from llmrec_assets.ground.recipes import DpoRecipe, EvaluationRecipe, LoraRecipe, RewardRecipe
@@ -70,11 +71,8 @@ def rows(bench: Bench) -> list[Row]:
     dtype = dtype_name()
     peak = peak_flops(getattr(torch, dtype))
 
-    def row(method: str, title: str, passes: int, per_answer: int) -> Row:
-        # A prompt's tokens are counted once: its two answers could share them.
-        flops = passes * body_parameters(config) * (asked + answers)
-        flops += 6 * lora_parameters(config, LORA) * (asked + answers)
-        flops += per_answer * config["hidden_size"] * config["vocab_size"] * answers
+    def row(method: str, title: str) -> Row:
+        flops = pair_flops(config, LORA, method, asked, answers)
 
         def floor(ours: Figure) -> tuple[str, str]:
             return (
@@ -96,10 +94,25 @@ def rows(bench: Bench) -> list[Row]:
         )
 
     return [
-        # reference and policy forward, policy backward to the activations
-        row("dpo", f"DPO, {PAIRS} pairs, batch 1, reference included", 6, 6),
-        row("reward", f"reward model, {PAIRS} pairs, batch 4", 4, 0),
+        row("dpo", f"DPO, {PAIRS} pairs, batch 1, reference included"),
+        row("reward", f"reward model, {PAIRS} pairs, batch 4"),
     ]
+
+
+def pair_flops(
+    config: Mapping[str, Any], lora: LoraRecipe, method: str, asked: int, answers: int
+) -> float:
+    """Floating-point operations over pairs of ``asked`` prompt and ``answers`` answer tokens.
+
+    A prompt's tokens are counted once: its two answers could share them. DPO: reference and policy
+    forward, policy backward to the activations. Without attention.
+    """
+    passes, per_answer = (6, 6) if method == "dpo" else (4, 0)
+    return (
+        passes * body_parameters(config) * (asked + answers)
+        + 6 * lora_parameters(config, lora) * (asked + answers)
+        + per_answer * config["hidden_size"] * config["vocab_size"] * answers
+    )
 
 
 def check_dpo(out: Mapping[str, Path]) -> str:
@@ -167,8 +180,8 @@ def ours_dpo(inputs: Path, out: Path, timer: Timer) -> None:
     recipe = DpoRecipe(
         lora=LORA,
         learning_rate=RATE,
-        batch_size=BATCHES["dpo"],
-        micro_batch_size=BATCHES["dpo"],
+        batch_size=_batch("dpo", inputs),
+        micro_batch_size=_batch("dpo", inputs),
         epochs=1,
         max_length=MAX_LENGTH,
         lr_scheduler="constant",
@@ -181,8 +194,8 @@ def ours_reward(inputs: Path, out: Path, timer: Timer) -> None:
     recipe = RewardRecipe(
         lora=LORA,
         learning_rate=RATE,
-        batch_size=BATCHES["reward"],
-        micro_batch_size=BATCHES["reward"],
+        batch_size=_batch("reward", inputs),
+        micro_batch_size=_batch("reward", inputs),
         epochs=1,
         max_length=MAX_LENGTH,
         lr_scheduler="constant",
@@ -226,11 +239,16 @@ def _messages(inputs: Path) -> Dataset:
     )
 
 
-def _settings(method: str, out: Path) -> dict[str, Any]:
+def _batch(method: str, inputs: Path) -> int:
+    """Pairs of a step, all at once."""
+    return int(settings(inputs, **BATCHES)[method])
+
+
+def _settings(method: str, inputs: Path, out: Path) -> dict[str, Any]:
     device = pick_device()
     return {
         "output_dir": str(out / "work"),
-        "per_device_train_batch_size": BATCHES[method],
+        "per_device_train_batch_size": _batch(method, inputs),
         "gradient_checkpointing": False,
         "bf16": dtype_name() == "bfloat16",
         "learning_rate": RATE,
@@ -254,7 +272,7 @@ def trl_dpo(inputs: Path, out: Path, timer: Timer) -> None:
     with clock.watch():
         trainer = DPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(inputs / "base", dtype=dtype),
-            args=DPOConfig(**_settings("dpo", out), precompute_ref_log_probs=True),
+            args=DPOConfig(**_settings("dpo", inputs, out), precompute_ref_log_probs=True),
             train_dataset=_messages(inputs),
             processing_class=AutoTokenizer.from_pretrained(inputs / "base"),
             peft_config=lora_config(LORA, "CAUSAL_LM"),
@@ -277,7 +295,7 @@ def trl_reward(inputs: Path, out: Path, timer: Timer) -> None:
     with clock.watch():
         trainer = RewardTrainer(
             model=model,
-            args=RewardConfig(**_settings("reward", out)),
+            args=RewardConfig(**_settings("reward", inputs, out)),
             train_dataset=_messages(inputs),
             processing_class=tokenizer,
             peft_config=lora_config(LORA, "SEQ_CLS"),

@@ -23,15 +23,15 @@ from bench.frame import Bench, Figure, Peer, Row, Timer
 from bench.language_models import (
     SEED,
     StepClock,
-    body_parameters,
     compared,
     dtype_name,
     figure2_prompts,
     keep,
     kept,
-    lora_parameters,
     peak_flops,
     require_alike,
+    settings,
+    sft_flops,
     smollm2,
 )
 from llmrec_assets.ground.recipes import LoraRecipe, SftRecipe
@@ -59,7 +59,6 @@ def rows(bench: Bench) -> list[Row]:
     share = (STEPS - 1) / STEPS
     n_tokens = share * sum(len(e["input_ids"]) for e in examples)
     n_answer = share * sum(label != -100 for e in examples for label in e["labels"])
-    squares = share * sum(len(e["input_ids"]) ** 2 for e in examples)
 
     def row(rank: int) -> Row:
         inputs = bench.directory("sft", f"r{rank}")
@@ -68,12 +67,7 @@ def rows(bench: Bench) -> list[Row]:
         prompts.to_parquet(inputs / "prompts.parquet")
         if not (inputs / "base").exists():
             (inputs / "base").symlink_to(base.resolve(), target_is_directory=True)
-        width, layers = config["hidden_size"], config["num_hidden_layers"]
-        # Forward, and backward to the activations: the base model's own weights have no gradient.
-        flops = 4 * body_parameters(config) * n_tokens
-        flops += 4 * width * config["vocab_size"] * n_answer
-        flops += 6 * lora_parameters(config, lora) * n_tokens
-        flops += 3 * 2 * width * layers * squares  # causal: half of the L × L products
+        flops = share * sft_flops(config, lora, examples)
 
         def floor(ours: Figure) -> tuple[str, str]:
             used = flops / ours.seconds / peak
@@ -115,22 +109,23 @@ def check(out: Mapping[str, Path]) -> str:
     )
 
 
-def _settings(inputs: Path) -> LoraRecipe:
-    return LoraRecipe(**json.loads((inputs / "settings.json").read_text())["lora"])
+def _settings(inputs: Path) -> dict[str, Any]:
+    found = settings(inputs, batch=BATCH, micro_batch=MICRO_BATCH, warm_up=1)
+    return found | {"lora": LoraRecipe(**found["lora"])}
 
 
 def ours(inputs: Path, out: Path, timer: Timer) -> None:
-    prompts = pd.read_parquet(inputs / "prompts.parquet")
+    prompts, found = pd.read_parquet(inputs / "prompts.parquet"), _settings(inputs)
     shutil.rmtree(out / "work", ignore_errors=True)
     result = train_sft(
         inputs / "base",
         prompts["prompt"].tolist(),
         prompts["completion"].tolist(),
         SftRecipe(
-            lora=_settings(inputs),
+            lora=found["lora"],
             learning_rate=1e-4,
-            batch_size=BATCH,
-            micro_batch_size=MICRO_BATCH,
+            batch_size=found["batch"],
+            micro_batch_size=found["micro_batch"],
             epochs=1,
             max_length=MAX_LENGTH,
             lr_scheduler="constant",
@@ -139,22 +134,23 @@ def ours(inputs: Path, out: Path, timer: Timer) -> None:
         seed=SEED,
         work_dir=out / "work",
         device=pick_device(),
-        progress=StepClock(timer),
+        progress=StepClock(timer, found["warm_up"]),
     )
     keep(out, losses=[loss for _, loss in result.losses])
 
 
 def trl_default(inputs: Path, out: Path, timer: Timer) -> None:
-    _trl(inputs, out, timer, per_device_train_batch_size=BATCH)
+    _trl(inputs, out, timer, per_device_train_batch_size=_settings(inputs)["batch"])
 
 
 def trl_tuned(inputs: Path, out: Path, timer: Timer) -> None:
+    found = _settings(inputs)
     _trl(
         inputs,
         out,
         timer,
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=BATCH // MICRO_BATCH,
+        per_device_train_batch_size=found["micro_batch"],
+        gradient_accumulation_steps=found["batch"] // found["micro_batch"],
         gradient_checkpointing=False,
     )
 
@@ -165,7 +161,7 @@ def _trl(inputs: Path, out: Path, timer: Timer, **options: Any) -> None:
     examples = tokenize_examples(
         tokenizer, prompts["prompt"].tolist(), prompts["completion"].tolist(), MAX_LENGTH
     )
-    device, dtype = pick_device(), dtype_name()
+    device, dtype, found = pick_device(), dtype_name(), _settings(inputs)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(inputs / "base", dtype=getattr(torch, dtype))
     config = SFTConfig(
@@ -190,8 +186,8 @@ def _trl(inputs: Path, out: Path, timer: Timer, **options: Any) -> None:
         args=config,
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
-        peft_config=lora_config(_settings(inputs), "CAUSAL_LM"),
-        callbacks=[StepClock(timer)],
+        peft_config=lora_config(found["lora"], "CAUSAL_LM"),
+        callbacks=[StepClock(timer, found["warm_up"])],
     )
     trainer.train()
     keep(out, losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

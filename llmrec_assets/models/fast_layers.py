@@ -1,16 +1,19 @@
-"""Layers of a LoRA training with fewer passes over memory, for CPUs whose matrix units wait.
+"""Layers of a LoRA training with fewer passes over memory, for matrix units that wait.
 
 What belongs here: autograd functions that compute what peft's and transformers' layers compute, in
 fewer elementwise passes and with less kept for the backward pass, and ``speed_up``, which swaps
 them in. What does not: losses and loops (``ppo``), adapters (``training``).
 
 On a CPU with bfloat16 matrix units two thirds of a LoRA step are not matrix products but what
-stands between them (SmolLM2, 4 x 256 tokens, profiled). Derivatives are written out, once
-differentiable; ``test_fast_layers`` holds each against autograd on the plain formula.
+stands between them (SmolLM2, 4 x 256 tokens, profiled); on a GPU it is half. Derivatives are
+written out, once differentiable; ``test_fast_layers`` holds each against autograd on the plain
+formula.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,13 +24,65 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from llmrec_assets.models.device import without_cudnn_attention
+from llmrec_assets.models.memory import is_out_of_memory
+from llmrec_assets.models.unpadded import Rows, packed, padded
+
 #: Name under which transformers knows ``causal_attention``.
 ATTENTION = "llmrec_causal"
+#: The same for rows without padding (``unpadded``), which need no mask made for them.
+UNPADDED_ATTENTION = "llmrec_unpadded"
+
+
+class _OneKernel:
+    """An elementwise function; on a GPU compiled to one kernel, where it can be.
+
+    ``fused``: how to write it for the compiler, which likes neither views nor writes in place.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], fused: Callable[..., Any] | None = None
+    ) -> None:
+        self._function = function
+        self._fused: Callable[..., Any] | None = fused or function
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *tensors: Any) -> Any:
+        if not tensors[0].is_cuda or self._fused is None:
+            return self._function(*tensors)
+        if self._compiled is None:  # not at import: the compiler's own takes seconds
+            self._compiled = torch.compile(self._fused, dynamic=True)
+        try:
+            # Always in one state, whoever calls: another state is compiled for anew.
+            with torch.no_grad(), torch.autocast("cuda", enabled=False):
+                return self._compiled(
+                    *(x.detach() if isinstance(x, torch.Tensor) else x for x in tensors)
+                )
+        except Exception as error:  # whatever a compiler lacks here
+            if is_out_of_memory(error):
+                raise
+            self._fused = None
+            warnings.warn(
+                f"torch.compile cannot be used here, trainings take longer: {error}",
+                stacklevel=2,
+            )
+        return self._function(*tensors)
+
+
+def _add_dropped(
+    dx: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return dx.add_(torch.ops.aten.native_dropout_backward(values, kept, scale))
+
+
+_one_add_dropped = _OneKernel(
+    _add_dropped, lambda dx, values, kept, scale: dx + values * kept * scale
+)
 
 
 class _Lora(torch.autograd.Function):
-    """y = x Wᵀ + s (x Aᵀ) Bᵀ (Hu et al., 2021), W frozen. x [n, in], W [out, in], A [r, in],
-    B [out, r]; A and B may be of another dtype, their gradients are of theirs."""
+    """y = x Wᵀ + s (D(x) Aᵀ) Bᵀ (Hu et al., 2021), W frozen, D dropout. x [n, in], W [out, in],
+    A [r, in], B [out, r]; A and B may be of another dtype, their gradients are of theirs."""
 
     @staticmethod
     def forward(
@@ -37,29 +92,38 @@ class _Lora(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
-        inner = x @ narrow_a.T
+        seen, kept = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        inner = seen @ narrow_a.T
         y = x @ weight.T
         y.addmm_(inner, narrow_b.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, narrow_a, narrow_b, inner)
-        ctx.scaling, ctx.dtype = scaling, a.dtype
+        ctx.save_for_backward(x, weight, narrow_a, narrow_b, inner, kept)
+        ctx.scaling, ctx.dtype, ctx.dropout = scaling, a.dtype, dropout
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b, inner = ctx.saved_tensors
+        x, weight, a, b, inner, kept = ctx.saved_tensors
+        scale = 1 / (1 - ctx.dropout)
         d_inner = (dy @ b).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
-            dx.addmm_(d_inner, a)
+            if kept is None:
+                dx.addmm_(d_inner, a)
+            else:
+                dx = _one_add_dropped(dx, d_inner @ a, kept, scale)
         da = db = None
         if ctx.needs_input_grad[2]:
-            da = (d_inner.T @ x).to(ctx.dtype)
+            seen = x
+            if kept is not None:
+                seen = torch.ops.aten.native_dropout_backward(x, kept, scale)
+            da = (d_inner.T @ seen).to(ctx.dtype)
             db = (dy.T @ inner).to(ctx.dtype).mul_(ctx.scaling)
-        return dx, None, da, db, None
+        return dx, None, da, db, None, None
 
 
 class FastLoraLinear(LoraLinear):
@@ -77,16 +141,20 @@ class FastLoraLinear(LoraLinear):
             or self.base_layer.bias is not None
             or self.base_layer.weight.requires_grad
             or x.dtype != self.base_layer.weight.dtype
-            or not isinstance(self.lora_dropout[live[0]], torch.nn.Identity)
         ):
             return super().forward(x, *args, **kwargs)
         (name,) = live
+        dropout = self.lora_dropout[name]
+        share = dropout.p if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
+        if share and not x.is_cuda:  # a CPU keeps the library's masks
+            return super().forward(x, *args, **kwargs)
         y = _Lora.apply(
             x.reshape(-1, x.shape[-1]),
             self.base_layer.weight,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
+            share,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -126,7 +194,26 @@ class FastRmsNorm(LlamaRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.weight.requires_grad or self.weight.dtype != hidden_states.dtype:
             return super().forward(hidden_states)
+        if hidden_states.is_cuda:  # PyTorch has one kernel for it; autocast would widen its output
+            with torch.autocast("cuda", enabled=False):
+                return torch.nn.functional.rms_norm(
+                    hidden_states, self.weight.shape, self.weight, self.variance_epsilon
+                )
         return _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _swiglu_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_up = torch.nn.functional.silu(gate).mul_(dy)
+    return torch.ops.aten.silu_backward(dy * up, gate), d_up
+
+
+_one_swiglu, _one_swiglu_backward = _OneKernel(_swiglu), _OneKernel(_swiglu_backward)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -135,14 +222,12 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return _one_swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        gate, up = ctx.saved_tensors
-        d_up = torch.nn.functional.silu(gate).mul_(dy)
-        return torch.ops.aten.silu_backward(dy * up, gate), d_up
+        return _one_swiglu_backward(dy, *ctx.saved_tensors)
 
 
 class FastMlp(LlamaMLP):
@@ -163,19 +248,35 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return y
 
 
+def _rotated_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat(
+        [
+            first * cos[..., :half] - second * sin[..., :half],
+            second * cos[..., half:] + first * sin[..., half:],
+        ],
+        dim=-1,
+    )
+
+
+_one_rotated = _OneKernel(_rotated, _rotated_halves)
+
+
 class _Rotate(torch.autograd.Function):
-    """Rotary position embedding; its transpose is the rotation backwards."""
+    """Rotary position embedding of [tokens, heads, d] by cos and sin [tokens, 1, d]; its transpose
+    is the rotation backwards."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _one_rotated(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, -sin), None, None
+        return _one_rotated(dy, cos, -sin), None, None
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -332,6 +433,8 @@ def last_positions(n: int) -> torch.Tensor:
 
 AttentionInterface.register(ATTENTION, causal_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(UNPADDED_ATTENTION, causal_attention)
+AttentionMaskInterface.register(UNPADDED_ATTENTION, lambda *args, **kwargs: None)
 
 
 class FastAttention(LlamaAttention):
@@ -343,21 +446,39 @@ class FastAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
+        rows: Rows | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # transformers before 5.24 names the cache past_key_values
+        held = () if "past_key_values" in kwargs else (cache,)
         cached = cache is not None or kwargs.get("past_key_values") is not None
         dropout = self.training and self.attention_dropout > 0
         if cached or dropout or not _is_plain(attention_mask) or position_embeddings is None:
+            if rows is not None:
+                raise ValueError(
+                    "rows without padding are for whole rows, without attention dropout"
+                )
             return super().forward(
-                hidden_states, position_embeddings, attention_mask, cache, **kwargs
+                hidden_states, position_embeddings, attention_mask, *held, **kwargs
             )
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        cos, sin = (x.unsqueeze(1) for x in position_embeddings)
+        places = hidden_states.shape[:-1]
+        # All rows' tokens side by side: one shape, whatever the rows are.
+        cos, sin = (
+            x.expand(*places, -1).reshape(-1, 1, self.head_dim) for x in position_embeddings
+        )
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        q, k, v = (
+            project(hidden_states).view(places.numel(), -1, self.head_dim)
+            for project in projections
+        )
         q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        q, k, v = (x.view(*places, -1, self.head_dim) for x in (q, k, v))
+        if rows is not None:
+            q, k, v = (padded(x, rows) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attended, _ = causal_attention(self, q, k, v, attention_mask, scaling=self.scaling)
+        if rows is not None:
+            attended = packed(attended, rows)
         attended = attended.reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(attended), None
 
@@ -370,20 +491,32 @@ _FAST = {
 }
 
 
-def speed_up(model: Any) -> None:
-    """Swaps the layers of a model of the Llama family on a CPU, in place; others stay as they are.
+def speed_up(model: Any, *, unpadded: bool = False) -> bool:
+    """Swaps the layers of a model of the Llama family on a CPU or a CUDA GPU, in place; others stay
+    as they are.
 
     What the layers compute stays the same up to rounding. For the attention to be ours, rows have
     to be padded on the right, without a mask or with one that says what each position sees.
 
     Args:
         model: the model, with its adapters where it has some.
+        unpadded: it is asked for rows without padding only (``unpadded.rows_of``).
+
+    Returns:
+        Whether it can be asked for rows without padding.
     """
-    if model.device.type != "cpu":
-        return
+    if model.device.type not in ("cpu", "cuda"):
+        return False
+    without_cudnn_attention(model.device)
     whole = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     whole.set_attn_implementation(ATTENTION)
     for module in model.modules():
         fast = _FAST.get(type(module))
         if fast is not None:
             module.__class__ = fast
+    layers = [m for m in model.modules() if isinstance(m, FastAttention)]
+    unpadded &= len(layers) == whole.config.num_hidden_layers
+    unpadded &= not any(layer.attention_dropout for layer in layers)
+    if unpadded:
+        whole.set_attn_implementation(UNPADDED_ATTENTION)
+    return unpadded

@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmrec_assets.models.device import without_cudnn_attention
+
 
 def load_policy(
     base_dir: Path, adapters: Sequence[Path], *, dtype: torch.dtype, device: torch.device
@@ -27,6 +29,7 @@ def load_policy(
     was rounding). In float32 nothing drowns, and a live adapter costs a quarter of an answer's
     time: it is merged, too. Compute under ``precision``.
     """
+    without_cudnn_attention(device)
     tokenizer = load_tokenizer(base_dir)
     if not adapters:
         model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)

@@ -21,7 +21,7 @@ from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb
 from llmrec_assets.models.memory import train_in_fitting_batches
 from llmrec_assets.models.progress import Progress
-from llmrec_assets.models.training import library_versions, steps_kept
+from llmrec_assets.models.training import library_versions, optimizer_name, steps_kept
 
 #: One pair: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
 TokenizedPair = dict[str, list[int]]
@@ -183,7 +183,7 @@ def trainer_settings(
         "lr_scheduler_type": recipe.lr_scheduler,
         "warmup_steps": recipe.warmup_ratio,  # below 1: a share of all steps
         "weight_decay": recipe.weight_decay,
-        "optim": "adamw_torch",
+        "optim": optimizer_name(device),
         "max_length": None,  # checked before; nothing is cut
         "disable_dropout": False,  # TRL's default would undo the adapter's dropout
         # Not grouped by length: that sampler draws from the global generator, which a resume in

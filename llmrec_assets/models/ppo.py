@@ -434,6 +434,7 @@ def _train(
             {"params": list(model.value_parameters().values()), "lr": recipe.value_learning_rate},
         ],
         weight_decay=0.0,
+        fused=device.type == "cuda",
     )
     rows = FittingBatches(
         what="PPO's sampling",

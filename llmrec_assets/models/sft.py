@@ -28,7 +28,7 @@ from llmrec_assets.ground.errors import DataError, RecipeError
 from llmrec_assets.ground.recipes import SftRecipe
 from llmrec_assets.models.chat import completion_ids, prompt_ids
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
-from llmrec_assets.models.fast_layers import last_positions, speed_up
+from llmrec_assets.models.fast_layers import chosen_log_probs, last_positions, speed_up
 from llmrec_assets.models.memory import train_in_fitting_batches
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.training import (
@@ -36,9 +36,11 @@ from llmrec_assets.models.training import (
     last_complete_checkpoint,
     library_versions,
     lora_config,
+    optimizer_name,
     save_adapter,
     steps_kept,
 )
+from llmrec_assets.models.unpadded import positions, rows_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,27 @@ def tokenize_examples(
     return examples
 
 
+@dataclass(frozen=True)
+class UnpaddedCollator:
+    """Makes one row of some examples, without padding (``unpadded``).
+
+    ``input_ids`` and ``labels`` [1, N], ``position_ids`` [1, N], each example from 0, ``rows``, and
+    ``answers``: the places whose output predicts a labelled token.
+    """
+
+    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        lengths = [len(example["input_ids"]) for example in examples]
+        labels = torch.tensor([label for example in examples for label in example["labels"]])
+        return {
+            "input_ids": torch.tensor([[i for example in examples for i in example["input_ids"]]]),
+            "labels": labels[None],
+            "position_ids": positions(lengths)[None],
+            "rows": rows_of(lengths),
+            # An example's first token is its prompt's: no label is predicted by another example.
+            "answers": (labels != -100).nonzero()[:, 0] - 1,
+        }
+
+
 class _CompletionTrainer(SFTTrainer):
     """``SFTTrainer`` whose loss projects completion positions only, by plain PyTorch.
 
@@ -93,11 +116,24 @@ class _CompletionTrainer(SFTTrainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         labels = inputs["labels"]
+        if "rows" in inputs:
+            answers = inputs["answers"]
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                position_ids=inputs["position_ids"],
+                rows=inputs["rows"],
+                use_cache=False,
+                logits_to_keep=answers,
+            )
+            log_probs = chosen_log_probs(outputs.logits[0], labels[0, answers + 1], 1.0)
+            n_labels = len(answers) if num_items_in_batch is None else num_items_in_batch
+            loss = -log_probs.sum() / n_labels
+            return (loss, outputs) if return_outputs else loss
         labelled = labels != -100
         # Position t is predicted from t - 1; rows are padded on the right.
         first = int(labelled.any(dim=0).nonzero()[0])
@@ -204,7 +240,7 @@ def _train(
         lr_scheduler_type=recipe.lr_scheduler,
         warmup_steps=recipe.warmup_ratio,  # below 1: a share of all steps
         weight_decay=recipe.weight_decay,
-        optim="adamw_torch",
+        optim=optimizer_name(device),
         max_length=None,  # checked above; nothing is cut
         packing=False,
         # Not grouped by length: that sampler draws from the global generator, which a resume in
@@ -226,8 +262,7 @@ def _train(
     )
     # Only the leased card: the trainer would spread over all it sees.
     config._n_gpu = min(config.n_gpu, 1)
-    trainer_class = SFTTrainer if device.type == "cuda" else _CompletionTrainer
-    trainer = trainer_class(
+    trainer = _CompletionTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_list(examples),
@@ -235,7 +270,9 @@ def _train(
         peft_config=lora_config(recipe.lora, "CAUSAL_LM"),
         callbacks=[ReportProgress("SFT", progress, recipe.batch_size)],
     )
-    speed_up(trainer.model)
+    if speed_up(trainer.model, unpadded=True):
+        trainer.data_collator = UnpaddedCollator()
+        trainer.train_dataset = examples  # an Arrow table makes lists anew for every batch
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.ground.recipes import LoraRecipe
+from llmrec_assets.models.device import Device
 from llmrec_assets.models.progress import Progress, ProgressEvent
 
 #: Written into a trainer checkpoint once it is whole: a kill while saving leaves one without it.
@@ -32,6 +33,11 @@ def lora_config(recipe: LoraRecipe, task_type: str) -> LoraConfig:
         target_modules=recipe.target_modules,
         task_type=task_type,
     )
+
+
+def optimizer_name(device: Device) -> str:
+    """The trainers' name of AdamW; on a GPU in one kernel."""
+    return "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
 
 
 def save_adapter(model: Any, directory: Path, base_name: str, adapter: str = "default") -> Path:

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from llmrec_assets.models import fast_layers as fast
+from llmrec_assets.models.unpadded import positions, rows_of
 
 
 def _same(ours, plain, *inputs: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -31,6 +32,36 @@ def test_lora_is_the_sum_of_both_products() -> None:
     _same(
         lambda x, a, b: fast._Lora.apply(x, weight, a, b, 0.5),
         lambda x, a, b: x @ weight.T + 0.5 * (x @ a.T) @ b.T,
+        torch.randn(6, 7),
+        torch.randn(3, 7),
+        torch.randn(5, 3),
+    )
+
+
+def test_for_the_compiler_the_same_is_written() -> None:
+    torch.manual_seed(0)
+    angles = torch.randn(5, 1, 8)
+    some = [torch.randn(5, 3, 8), angles.cos(), angles.sin()]
+    dropped = [torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 6) < 0.5, 2.0]
+    for kernel, inputs in ((fast._one_rotated, some), (fast._one_add_dropped, dropped)):
+        fused = kernel._fused(*inputs)
+        torch.testing.assert_close(fused, kernel._function(*inputs))
+
+
+def test_dropout_goes_to_the_adapter_alone() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 7)
+
+    def dropped(function):
+        torch.manual_seed(1)
+        return function()
+
+    _same(
+        lambda x, a, b: dropped(lambda: fast._Lora.apply(x, weight, a, b, 0.5, 0.3)),
+        lambda x, a, b: (
+            x @ weight.T
+            + 0.5 * (dropped(lambda: torch.native_dropout(x, 0.3, True)[0]) @ a.T) @ b.T
+        ),
         torch.randn(6, 7),
         torch.randn(3, 7),
         torch.randn(5, 3),
@@ -71,13 +102,13 @@ def test_swiglu_is_silu_times_up() -> None:
 
 def test_rotation_is_the_libraries() -> None:
     torch.manual_seed(0)
-    angles = torch.randn(1, 5, 4)
+    angles = torch.randn(5, 4)
     angles = torch.cat([angles, angles], dim=-1)
     cos, sin = angles.cos(), angles.sin()
     _same(
-        lambda x: fast._Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1)),
-        lambda x: apply_rotary_pos_emb(x, x, cos, sin)[0],
-        torch.randn(2, 3, 5, 8),
+        lambda x: fast._Rotate.apply(x, cos[:, None], sin[:, None]),
+        lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=1)[0],
+        torch.randn(5, 3, 8),
     )
 
 
@@ -160,6 +191,41 @@ def test_a_model_computes_what_it_computed() -> None:
     ids = torch.randint(0, 50, (3, 12))
     for mine, theirs in zip(_run(ours, ids), _run(plain, ids), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 1], [4, 4]])
+def test_rows_without_padding_compute_what_each_computes_alone(lengths: list[int]) -> None:
+    plain = _model()
+    ours = copy.deepcopy(plain)
+    assert fast.speed_up(ours, unpadded=True)
+    ids = [torch.randint(0, 50, (1, length)) for length in lengths]
+    logits = ours(
+        input_ids=torch.cat(ids, dim=1),
+        position_ids=positions(lengths)[None],
+        rows=rows_of(lengths),
+        use_cache=False,
+    ).logits
+    logits.square().sum().backward()
+    gradients = [p.grad.flatten() for p in ours.parameters() if p.requires_grad]
+    alone = [_run(plain, row) for row in ids]  # gradients add up
+    torch.testing.assert_close(
+        logits[0], torch.cat([row[0] for row, _ in alone]), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(torch.cat(gradients), alone[-1][1], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_without_padding_are_refused_where_they_would_run_together() -> None:
+    model = _model()
+    fast.speed_up(model, unpadded=True)
+    with pytest.raises(ValueError, match="whole rows"):
+        model(
+            input_ids=torch.tensor([[1, 2, 3]]),
+            position_ids=positions([2, 1])[None],
+            rows=rows_of([2, 1]),
+            use_cache=True,
+        )
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+    assert not fast.speed_up(gpt2, unpadded=True)
 
 
 def test_in_bfloat16_only_rounding_tells_them_apart() -> None:

@@ -94,7 +94,7 @@ def test_the_loss_equals_trl_and_a_hand_computed_mean(base_dir: Path, tmp_path: 
                 total -= float(log_p[t - 1, labels[t]])
                 n += 1
     assert result.losses[0][1] == pytest.approx(total / n, rel=1e-4)
-    # TRL's own loss, which CUDA runs take, on the same batch
+    # TRL's own loss, on the same batch
     import llmrec_assets.models.sft as module
 
     original = module._CompletionTrainer
