@@ -7,7 +7,15 @@ from typing import Any
 
 import dagster as dg
 
-from llmrec_assets.orchestration import alerts, automation, jobs, schedules, sensors, upkeep
+from llmrec_assets.orchestration import (
+    alerts,
+    automation,
+    executor,
+    jobs,
+    schedules,
+    sensors,
+    upkeep,
+)
 from llmrec_assets.orchestration.assets import (
     champion,
     evaluation,
@@ -53,6 +61,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
             alerts.alert_webhook,
             *alerts.email_sensor(),
         ],
+        executor=executor.step_executor,
         resources={
             "storage": storage,
             "gpu": GpuResource(),

@@ -1,0 +1,56 @@
+"""How a run starts the processes of its steps.
+
+What belongs here: the executor of all jobs. What does not: a run's own process
+(``run_launcher``), a step whose run worker is gone (``run_worker``).
+
+Started afresh, a step's process spends its first seconds on importing Dagster, the assets and the
+libraries of models. Here a server process of the run imports them once, and every step is forked
+from it. The server loads no model, holds no lock of ours, and ends with its run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import dagster as dg
+
+#: What the server of a run's steps imports before the first.
+DEFINITIONS = ("llmrec_assets.definitions",)
+#: And before a run that trains or answers, where forking is safe once they are imported.
+MODELS = tuple(
+    f"llmrec_assets.models.{name}"
+    for name in ("answers", "classical_lists", "dpo", "leave_last_out", "ppo", "reward", "sft")
+)
+_JOBS_WITH_MODELS = ("recommender", "supervised")
+
+
+def preloaded(job_name: str) -> list[str]:
+    """Modules that the server of a run of this job imports."""
+    # Who counts the cards of a machine, as libraries may at import, cannot fork and use one.
+    # A build of PyTorch for CPUs alone never does.
+    cpu_only = importlib.metadata.version("torch").endswith("+cpu")
+    models = job_name in _JOBS_WITH_MODELS and cpu_only
+    return [*DEFINITIONS, *(MODELS if models else ())]
+
+
+def forking(config: dict[str, Any], job_name: str) -> dict[str, Any]:
+    """``config`` of Dagster's default executor, with steps forked unless it says otherwise."""
+    steps = config.get("multiprocess")
+    if steps is None or steps.get("start_method"):
+        return config
+    start_method = {"forkserver": {"preload_modules": preloaded(job_name)}}
+    return {**config, "multiprocess": {**steps, "start_method": start_method}}
+
+
+@dg.executor(
+    name=dg.multi_or_in_process_executor.name,
+    config_schema=dg.multi_or_in_process_executor.config_schema.as_field(),
+    requirements=dg.multi_or_in_process_executor.get_requirements,
+)
+def step_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
+    """Dagster's default executor; the processes of steps are forked from a server of the run."""
+    default = dg.multi_or_in_process_executor.executor_creation_fn
+    assert default is not None
+    config = forking(dict(init_context.executor_config), init_context.job.get_definition().name)
+    return default(init_context._replace(executor_config=config))

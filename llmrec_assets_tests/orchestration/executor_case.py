@@ -1,0 +1,51 @@
+"""A run worker with step processes, for ``test_executor``: ``python executor_case.py DIR NAME``."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+
+from llmrec_assets.orchestration.executor import step_executor
+from llmrec_assets.orchestration.run_worker import end_with_run_worker
+
+
+@dg.op
+def told(context: dg.OpExecutionContext) -> None:
+    """Says who it is and what was there before it began."""
+    context.log.info(
+        f"step {os.getpid()} of {os.getppid()}, "
+        f"definitions {'llmrec_assets.definitions' in sys.modules}, "
+        f"models {'torch' in sys.modules}"
+    )
+
+
+@dg.op
+def sleeps() -> None:
+    end_with_run_worker()
+    Path(os.environ["CASE_DIR"], "pid").write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+@dg.job(executor_def=step_executor)
+def tells() -> None:
+    told.alias("first")()
+    told.alias("second")()
+
+
+@dg.job(executor_def=step_executor)
+def waits() -> None:
+    sleeps()
+
+
+if __name__ == "__main__":
+    directory, name = sys.argv[1:]
+    os.environ["CASE_DIR"] = directory
+    job = {"tells": tells, "waits": waits}[name]
+    with dg.DagsterInstance.from_config(directory) as instance:
+        result = dg.execute_job(dg.reconstructable(job), instance=instance)
+        for entry in instance.all_logs(result.run_id):
+            if entry.user_message.startswith("step "):
+                print(entry.user_message)
+    sys.exit(not result.success)

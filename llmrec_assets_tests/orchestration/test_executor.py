@@ -1,0 +1,104 @@
+"""Step processes: forked from a server that holds the definitions, and gone with their run."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmrec_assets.definitions import defs
+from llmrec_assets.orchestration import executor
+
+CASE = Path(__file__).with_name("executor_case.py")
+
+
+def _start(directory: Path, name: str) -> subprocess.Popen:
+    (directory / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    return subprocess.Popen(
+        [sys.executable, CASE, directory, name],
+        cwd=CASE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "DAGSTER_HOME": str(directory)},
+    )
+
+
+def test_steps_are_forked_from_one_server_with_the_definitions(tmp_path: Path) -> None:
+    run = _start(tmp_path, "tells")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err[-3000:]
+    lines = [line.split(", ") for line in out.splitlines()]
+    assert len(lines) == 2
+    assert {tuple(line[1:]) for line in lines} == {("definitions True", "models False")}
+    steps, servers = zip(
+        *[line[0].removeprefix("step ").split(" of ") for line in lines], strict=True
+    )
+    assert len(set(steps)) == 2
+    assert len(set(servers)) == 1
+    assert str(run.pid) not in servers
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_run_takes_its_steps_and_their_server_along(tmp_path: Path) -> None:
+    run = _start(tmp_path, "waits")
+    told = tmp_path / "pid"
+    deadline = time.monotonic() + 120
+    while not (told.exists() and told.read_text()):
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()[1][-3000:]
+        time.sleep(0.1)
+    step = psutil.Process(int(told.read_text()))
+    server = step.parent()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    _, alive = psutil.wait_procs([step, server], timeout=30)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("asked", "start_method"),
+    [
+        ({"multiprocess": {"max_concurrent": 1}}, "forkserver"),
+        ({"multiprocess": {"start_method": {"spawn": {}}}}, "spawn"),
+        ({"in_process": {}}, None),
+    ],
+)
+def test_what_a_run_asks_for_is_kept(asked: dict, start_method: str | None) -> None:
+    found = executor.forking(asked, "evaluation")
+    assert list(found) == list(asked)
+    if start_method:
+        steps = found["multiprocess"]
+        assert list(steps["start_method"]) == [start_method]
+        assert steps.get("max_concurrent") == asked["multiprocess"].get("max_concurrent")
+
+
+@pytest.mark.parametrize(
+    ("job", "build", "models"),
+    [
+        ("recommender", "2.13.0+cpu", True),
+        ("supervised", "2.13.0+cpu", True),
+        ("source_data", "2.13.0+cpu", False),
+        ("recommender", "2.13.0+cu130", False),  # a server that counted its cards could not fork
+        ("recommender", "2.13.0", False),
+    ],
+)
+def test_models_are_imported_beforehand_where_that_pays_and_is_safe(
+    monkeypatch: pytest.MonkeyPatch, job: str, build: str, models: bool
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: build)
+    found = executor.preloaded(job)
+    assert found[0] == "llmrec_assets.definitions"
+    assert ("llmrec_assets.models.sft" in found) == models
+    for name in found:
+        assert importlib.util.find_spec(name), name
+
+
+def test_every_job_has_it() -> None:
+    for job in defs.resolve_all_job_defs():
+        assert job.executor_def is executor.step_executor, job.name
