@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.constrained import require_films
 from llmrec_assets.models.fast_layers import last_positions
-from llmrec_assets.models.sampling import RoomyLayer
+from llmrec_assets.models.sampling import CACHE, RoomyLayer
 from llmrec_assets.models.trie import CatalogueTries, Trie
 
 
@@ -92,7 +92,7 @@ def rank_titles(
         input_ids=ids,
         attention_mask=tokens,
         position_ids=(tokens.cumsum(dim=-1) - 1).clamp(min=0),
-        past_key_values=cache,
+        **{CACHE: cache},
         use_cache=True,
         logits_to_keep=last_positions(1),
     ).logits
@@ -125,7 +125,7 @@ def rank_titles(
             input_ids=torch.from_numpy(fed).to(model.device),
             attention_mask=_attention(model, np.concatenate([prompt_mask, visible], axis=2)),
             position_ids=torch.from_numpy(positions.copy()).to(model.device),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         ).logits
         depth += 1

@@ -13,6 +13,7 @@ bfloat16 some do (``bench/sampling_batch_size.py`` counts them).
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.fast_layers import last_positions
 from llmrec_assets.models.memory import FittingBatches
 
+#: What a forward pass calls its cache: transformers 5.24 renamed it, 5.40 forgets the old name.
+_NAMES = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 #: Tokens whose weights are summed at once in a draw.
 _SECTION = 512
 #: Tokens of room that the cache takes at a time.
@@ -199,7 +204,7 @@ def sample_tokens(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             logits_to_keep=last_positions(1),
         )
