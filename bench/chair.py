@@ -213,6 +213,12 @@ def _command(pid: int) -> str:
     return ""
 
 
+def _run_worker(step: int) -> psutil.Process:
+    """The process of a step's run; between the two is the server that the step was forked from."""
+    parents = psutil.Process(step).parents()
+    return parents["forkserver" in _command(parents[0].pid)]
+
+
 class Scenario:
     """What runs, and what is killed."""
 
@@ -274,7 +280,7 @@ class Scenario:
                 self.command_line()
             else:
                 if done & set(CLICKS):
-                    worker = psutil.Process(pid).ppid()
+                    worker = _run_worker(pid).pid
                     chair.kill(f"a run worker whose step is at the device ({name})", worker)
                     chair.ends("its step", pid)
                 else:
@@ -301,8 +307,7 @@ class Scenario:
         nobody is left who was told to look after that run."""
         chair = self.chair
         fact = chair.held_by(lambda fact: fact["name"] in self.runs)
-        worker = psutil.Process(fact["pid"]).parent()
-        assert worker is not None
+        worker = _run_worker(fact["pid"])
         servers = {p.pid for p in worker.parents() if "dagster" in _command(p.pid)}
         for process in psutil.Process(self.dev.pid).children(True):
             if "dagster" in _command(process.pid):

@@ -47,7 +47,7 @@ from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
 from llmrec_assets.models.sft import tokenize_examples
 
 #: Dense bfloat16 operations a second by the datasheets, by what the card's name holds.
-DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
+DATASHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,

@@ -30,7 +30,11 @@ from llmrec_assets.orchestration.io_manager import DirectoryIOManager, TableIOMa
 from llmrec_assets.orchestration.resources import GpuResource, StoreResource
 
 
-def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+def build_defs(
+    *,
+    resource_overrides: Mapping[str, Any] | None = None,
+    step_executor: dg.ExecutorDefinition = executor.step_executor,
+) -> dg.Definitions:
     """Assembles the code location; ``resource_overrides`` replaces resources by key."""
     overrides = dict(resource_overrides or {})
     storage = overrides.pop("storage", StoreResource())
@@ -61,7 +65,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
             alerts.alert_webhook,
             *alerts.email_sensor(),
         ],
-        executor=executor.step_executor,
+        executor=step_executor,
         resources={
             "storage": storage,
             "gpu": GpuResource(),

@@ -24,4 +24,4 @@ def forking(_context: dg.InitExecutorContext) -> Executor:
     )
 
 
-defs = dg.Definitions.merge(build_defs(), dg.Definitions(executor=forking))
+defs = build_defs(step_executor=forking)

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+_preloaded = False
+_used = False
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -62,10 +64,10 @@ def _requirements() -> list[str]:
 def machine() -> dict[str, Any]:
     """CPU model, cores, torch's threads and the GPU.
 
-    Torch is asked only where the step has loaded it: ``threads`` and ``gpu`` are ``None`` for a
-    step without a model, and ``gpu`` also for one that used none.
+    Torch is asked only where the step uses it: ``threads`` and ``gpu`` are ``None`` for a step
+    without a model, and ``gpu`` also for one that used none.
     """
-    torch = sys.modules.get("torch")
+    torch = sys.modules.get("torch") if _used or not _preloaded else None
     gpu = None
     if torch is not None and torch.cuda.is_initialized():
         gpu = torch.cuda.get_device_name()
@@ -75,6 +77,18 @@ def machine() -> dict[str, Any]:
         "threads": None if torch is None else torch.get_num_threads(),
         "gpu": gpu,
     }
+
+
+def models_are_preloaded() -> None:
+    """Torch is loaded in this process and those forked from it, whether they use models or not."""
+    global _preloaded
+    _preloaded = True
+
+
+def use_models() -> None:
+    """This process uses a model: torch's threads may show in what it makes."""
+    global _used
+    _used = True
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from llmrec_assets.ground import surroundings
 from llmrec_assets.ground.answers import baselines_version
 from llmrec_assets.ground.baselines import Popularity, popularity_ranking
 from llmrec_assets.ground.fits import (
@@ -184,6 +185,7 @@ def classical_lists(
         seed: of ALS' and SASRec's first weights.
         say: is told each recommender's scores and seconds.
     """
+    surroundings.use_models()
     tables = Tables(prompts, user_splits, ratings, movies, recipe, seed)
     lists: dict[tuple[str, str, str], list[list[int]]] = {}
     records: list[FitRecord] = []
@@ -260,6 +262,7 @@ def ease_candidates(
 
     Args: as ``classical_lists``; of the recipe also ``generation.candidates_per_prompt``.
     """
+    surroundings.use_models()
     name, length = "prompt", recipe.generation.candidates_per_prompt
     tables = Tables(prompts, user_splits, ratings, movies, recipe, seed)
     windows = tables.test[name]

@@ -236,7 +236,8 @@ class FastMlp(LlamaMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.config.hidden_act != "silu":
             return super().forward(x)
-        return self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = (project(x).flatten(0, -2) for project in (self.gate_proj, self.up_proj))
+        return self.down_proj(_SwiGlu.apply(gate, up).view(*x.shape[:-1], -1))
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -509,12 +510,14 @@ def speed_up(model: Any, *, unpadded: bool = False) -> bool:
         return False
     without_cudnn_attention(model.device)
     whole = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    whole.set_attn_implementation(ATTENTION)
+    if whole.config._attn_implementation == "sdpa":  # ours computes what that does, and no more
+        whole.set_attn_implementation(ATTENTION)
     for module in model.modules():
         fast = _FAST.get(type(module))
         if fast is not None:
             module.__class__ = fast
     layers = [m for m in model.modules() if isinstance(m, FastAttention)]
+    unpadded &= whole.config._attn_implementation == ATTENTION
     unpadded &= len(layers) == whole.config.num_hidden_layers
     unpadded &= not any(layer.attention_dropout for layer in layers)
     if unpadded:

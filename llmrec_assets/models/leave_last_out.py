@@ -18,6 +18,7 @@ from lenskit.data import Dataset, DatasetBuilder, ItemList, RecQuery
 from lenskit.knn import EASEScorer, ItemKNNScorer
 from lenskit.training import TrainingOptions
 
+from llmrec_assets.ground import surroundings
 from llmrec_assets.ground.intervals import Floats
 from llmrec_assets.ground.leave_last_out import (
     Candidate,
@@ -72,6 +73,7 @@ def classical_leave_last_out(
     Raises:
         DataError: no user has enough ratings.
     """
+    surroundings.use_models()
     split = leave_last_out(ratings, canonical, recipe.min_interactions)
     with one_lenskit_thread():
         result = leave_last_out_table(split, classical_candidates(recipe), recipe, evaluation, seed)

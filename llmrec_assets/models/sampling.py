@@ -132,6 +132,7 @@ def _drawn(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     within = sections.gather(1, section[:, :, None].expand(-1, -1, _SECTION))[:, 0]
     before = cumulative.gather(1, section) - within.sum(dim=-1, dtype=torch.float64)[:, None]
     past = before + within.cumsum(dim=-1, dtype=torch.float64) > target
+    past &= within > 0
     # Rounding may put the target past the section's own sum: its last token that weighs something.
     last = _SECTION - 1 - within.gt(0).flip(-1).byte().argmax(dim=-1)
     place = torch.where(past.any(dim=-1), past.byte().argmax(dim=-1), last)

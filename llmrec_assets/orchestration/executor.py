@@ -11,18 +11,24 @@ from it. The server loads no model, holds no lock of ours, and ends with its run
 from __future__ import annotations
 
 import importlib.metadata
+import sys
+import tempfile
 from typing import Any
 
 import dagster as dg
 
-#: What the server of a run's steps imports before the first.
-DEFINITIONS = ("llmrec_assets.definitions",)
-#: And before a run that trains or answers, where forking is safe once they are imported.
-MODELS = tuple(
-    f"llmrec_assets.models.{name}"
-    for name in ("answers", "classical_lists", "dpo", "leave_last_out", "ppo", "reward", "sft")
-)
+#: What the server of a run's steps imports before the first: the definitions,
+DEFINITIONS = "llmrec_assets.preload"
+#: and what models need, before a run that trains or answers, where forking is safe with it.
+MODELS = "llmrec_assets.preload_models"
 _JOBS_WITH_MODELS = ("recommender", "supervised")
+#: Longest name of a directory for temporary files in which the server's socket has a place.
+_LONGEST = 70
+
+
+def forks() -> bool:
+    """Whether steps can be forked: on macOS the system's libraries may have threads by then."""
+    return sys.platform == "linux" and len(tempfile.gettempdir()) <= _LONGEST
 
 
 def preloaded(job_name: str) -> list[str]:
@@ -31,13 +37,14 @@ def preloaded(job_name: str) -> list[str]:
     # A build of PyTorch for CPUs alone never does.
     cpu_only = importlib.metadata.version("torch").endswith("+cpu")
     models = job_name in _JOBS_WITH_MODELS and cpu_only
-    return [*DEFINITIONS, *(MODELS if models else ())]
+    return [DEFINITIONS, MODELS] if models else [DEFINITIONS]
 
 
 def forking(config: dict[str, Any], job_name: str) -> dict[str, Any]:
-    """``config`` of Dagster's default executor, with steps forked unless it says otherwise."""
+    """``config`` of Dagster's default executor, with steps forked unless it says otherwise or they
+    cannot be."""
     steps = config.get("multiprocess")
-    if steps is None or steps.get("start_method"):
+    if steps is None or steps.get("start_method") or not forks():
         return config
     start_method = {"forkserver": {"preload_modules": preloaded(job_name)}}
     return {**config, "multiprocess": {**steps, "start_method": start_method}}

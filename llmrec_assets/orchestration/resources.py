@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from llmrec_assets.ground import surroundings
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.store import Store
 from llmrec_assets.orchestration.partitions import recipe_of
@@ -140,6 +141,7 @@ class GpuResource(dg.ConfigurableResource[Any]):
         from llmrec_assets.models.device import empty_device, pick_device
 
         end_with_run_worker()
+        surroundings.use_models()
         device = pick_device()
         with holding(
             self.lock_directory() / f"{device.key}.lock",

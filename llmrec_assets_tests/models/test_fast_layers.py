@@ -228,6 +228,14 @@ def test_rows_without_padding_are_refused_where_they_would_run_together() -> Non
     assert not fast.speed_up(gpt2, unpadded=True)
 
 
+def test_an_attention_of_another_kind_stays() -> None:
+    """Eager attention may do what SDPA cannot: cap scores, or sink some."""
+    model = _model()
+    model.get_base_model().set_attn_implementation("eager")
+    assert not fast.speed_up(model, unpadded=True)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_in_bfloat16_only_rounding_tells_them_apart() -> None:
     """Both stay near float32; ours rounds attention's scores once more (twice the error here)."""
     exact = _run(_model(), ids := torch.randint(0, 50, (3, 12)))[1]

@@ -320,6 +320,7 @@ recipe = test_sft.RECIPE.model_copy(update=sizes)
 one = recipe.model_copy(update={{"micro_batch_size": 1}})
 expected = test_sft._train(base, work / "one", one)  # what the libraries need once is there now
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+# All 12 ask for 77 MiB at once; what is less leaves no room for the pieces that a failure leaves.
 resource.setrlimit(resource.RLIMIT_AS, (held + 64 * 2**20, resource.RLIM_INFINITY))
 notes = []
 found = test_sft._train(base, work / "limited", recipe, lambda event: notes.append(event.note))

@@ -22,6 +22,18 @@ def told(context: dg.OpExecutionContext) -> None:
 
 
 @dg.op
+def multiplies(context: dg.OpExecutionContext) -> None:
+    """As a step with a model does, on threads of its own."""
+    loaded = "torch" in sys.modules
+    import torch
+
+    torch.set_num_threads(2)
+    x = torch.ones(600, 600)
+    found = (x @ x).sum().item() / 600**3
+    context.log.info(f"step {os.getpid()} of {os.getppid()}, loaded {loaded}, found {found:g}")
+
+
+@dg.op
 def sleeps() -> None:
     end_with_run_worker()
     Path(os.environ["CASE_DIR"], "pid").write_text(str(os.getpid()))
@@ -34,6 +46,12 @@ def tells() -> None:
     told.alias("second")()
 
 
+@dg.job(executor_def=step_executor, name="recommender")
+def trains() -> None:
+    multiplies.alias("first")()
+    multiplies.alias("second")()
+
+
 @dg.job(executor_def=step_executor)
 def waits() -> None:
     sleeps()
@@ -42,7 +60,7 @@ def waits() -> None:
 if __name__ == "__main__":
     directory, name = sys.argv[1:]
     os.environ["CASE_DIR"] = directory
-    job = {"tells": tells, "waits": waits}[name]
+    job = {"tells": tells, "trains": trains, "waits": waits}[name]
     with dg.DagsterInstance.from_config(directory) as instance:
         result = dg.execute_job(dg.reconstructable(job), instance=instance)
         for entry in instance.all_logs(result.run_id):

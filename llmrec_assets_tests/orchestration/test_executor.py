@@ -25,10 +25,25 @@ def _start(directory: Path, name: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env={**os.environ, "DAGSTER_HOME": str(directory)},
     )
 
 
+def _waiting(directory: Path) -> tuple[subprocess.Popen, psutil.Process, psutil.Process]:
+    """A run, its step that sleeps, and that step's parent."""
+    run = _start(directory, "waits")
+    told = directory / "pid"
+    deadline = time.monotonic() + 120
+    while not (told.exists() and told.read_text()):
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()[1][-3000:]
+        time.sleep(0.1)
+    step = psutil.Process(int(told.read_text()))
+    return run, step, step.parent()
+
+
+@pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
 def test_steps_are_forked_from_one_server_with_the_definitions(tmp_path: Path) -> None:
     run = _start(tmp_path, "tells")
     out, err = run.communicate(timeout=120)
@@ -44,23 +59,50 @@ def test_steps_are_forked_from_one_server_with_the_definitions(tmp_path: Path) -
     assert str(run.pid) not in servers
 
 
+@pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
+def test_models_are_there_and_compute_in_forked_steps(tmp_path: Path) -> None:
+    run = _start(tmp_path, "trains")
+    out, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err[-3000:]
+    lines = [line.split(", ")[1:] for line in out.splitlines()]
+    preloaded = executor.MODELS in executor.preloaded("recommender")
+    assert lines == [[f"loaded {preloaded}", "found 1"]] * 2
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
+def test_a_run_that_is_asked_to_end_leaves_no_process(tmp_path: Path, signal_number: int) -> None:
+    """The signal goes to all, as a shell or a service manager sends it."""
+    run, step, server = _waiting(tmp_path)
+    os.killpg(run.pid, signal_number)
+    run.communicate(timeout=60)
+    assert not psutil.wait_procs([step, server], timeout=30)[1]
+
+
+@pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
+def test_a_step_ends_with_its_server(tmp_path: Path) -> None:
+    run, step, server = _waiting(tmp_path)
+    server.kill()
+    assert not psutil.wait_procs([step], timeout=30)[1]
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_run_takes_its_steps_and_their_server_along(tmp_path: Path) -> None:
-    run = _start(tmp_path, "waits")
-    told = tmp_path / "pid"
-    deadline = time.monotonic() + 120
-    while not (told.exists() and told.read_text()):
-        assert time.monotonic() < deadline
-        assert run.poll() is None, run.communicate()[1][-3000:]
-        time.sleep(0.1)
-    step = psutil.Process(int(told.read_text()))
-    server = step.parent()
+    run, step, server = _waiting(tmp_path)
     run.send_signal(signal.SIGKILL)
     run.wait()
     _, alive = psutil.wait_procs([step, server], timeout=30)
     assert not alive
 
 
+def test_where_steps_cannot_be_forked_they_are_started_afresh(monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp/" + "long" * 20)
+    assert executor.forking({"multiprocess": {}}, "recommender") == {"multiprocess": {}}
+
+
+@pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
 @pytest.mark.parametrize(
     ("asked", "start_method"),
     [
@@ -93,8 +135,8 @@ def test_models_are_imported_beforehand_where_that_pays_and_is_safe(
 ) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: build)
     found = executor.preloaded(job)
-    assert found[0] == "llmrec_assets.definitions"
-    assert ("llmrec_assets.models.sft" in found) == models
+    assert found[0] == executor.DEFINITIONS
+    assert (executor.MODELS in found) == models
     for name in found:
         assert importlib.util.find_spec(name), name
 
