@@ -35,6 +35,7 @@ mutation ($params: ExecutionParams!) {
   }
 }
 """
+TERMINATE = "mutation T($id: String!) { terminateRun(runId: $id) { __typename } }"
 STATUS = """
 query ($id: ID!) {
   runOrError(runId: $id) {
@@ -68,7 +69,9 @@ class Ui:
         assert "errors" not in answer, answer["errors"]
         return answer["data"]
 
-    def launch(self, job: str, partition: str, *assets: str) -> str:
+    def launch(
+        self, job: str, partition: str, *assets: str, config: dict[str, Any] | None = None
+    ) -> str:
         """A run of the job for a partition, of all its assets or of some; returns its id."""
         tags = {"dagster/partition": partition}
         if "|" in partition:
@@ -84,12 +87,16 @@ class Ui:
                     "assetSelection": [{"path": [name]} for name in assets] or None,
                 },
                 "mode": "default",
-                "runConfigData": {},
+                "runConfigData": config or {},
                 "executionMetadata": {"tags": [{"key": k, "value": v} for k, v in tags.items()]},
             },
         )["launchRun"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
         return str(launched["run"]["runId"])
+
+    def terminate(self, run_id: str) -> None:
+        answer = self.query(TERMINATE, id=run_id)["terminateRun"]
+        assert answer["__typename"] == "TerminateRunSuccess", answer
 
     def run(self, run_id: str) -> dict[str, Any]:
         return dict(self.query(STATUS, id=run_id)["runOrError"])

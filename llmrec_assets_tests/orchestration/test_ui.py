@@ -6,6 +6,7 @@ process of its own (``ui_session``). What a person sees of it: ``test_ui_browser
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 from typing import TYPE_CHECKING
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from ui_server import Ui, planted, served, stranger
-from ui_session import TRAININGS, Clicked, duckdb_cli
+from ui_session import LONG, PARTITION, TRAININGS, Clicked, duckdb_cli
 
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.orchestration.dead_runs import HOST_TAG, launched_process
+from llmrec_assets.orchestration.resources import GpuResource
 from llmrec_assets.orchestration.run_launcher import WatchedRunLauncher
 
 if TYPE_CHECKING:
@@ -181,3 +183,27 @@ def test_the_whole_graph_by_clicks_gives_what_the_command_gives(
         ui.wait(ui.launch("recommender", "sample|tiny"), 1200)
         for partition in ("sample", "sample|tiny"):
             assert ui.home.current(partition) == finished.home.current(partition)
+
+
+def test_a_run_terminated_in_the_ui_ends_canceled_and_leaves_no_process(
+    clicked: Clicked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui = clicked.ui
+    monkeypatch.setenv("LLMREC_DEVICE", "cpu")  # as in the UI's environment
+    device = GpuResource(lock_dir=str(ui.home.root / "locks"))
+    said = len(ui.log())
+    with device.lease(logging.getLogger(__name__), "a stranger"):
+        force = {"ops": {"sft_checkpoint": {"config": {"force": True}}}}
+        run_id = ui.launch("recommender", PARTITION, "sft_checkpoint", config=force)
+        ui.wait(run_id, LONG, until=lambda: "held by a stranger" in ui.log()[said:])
+        with ui.home.instance() as instance:
+            run = instance.get_run_by_id(run_id)
+            assert run is not None
+            pid, _ = launched_process(instance, run)
+        assert pid is not None
+        worker = psutil.Process(pid)
+        processes = [worker, *worker.children(recursive=True)]
+        assert len(processes) >= 3  # the run worker, the server of its steps, and the step
+        ui.terminate(run_id)
+        ui.wait(run_id, LONG, until=lambda: ui.run(run_id)["status"] == "CANCELED")
+        assert not psutil.wait_procs(processes, timeout=30)[1]
