@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -264,10 +265,10 @@ def _profiled(inputs: Path, out: Path, timer: Timer) -> None:
 def run_preferences(visit: Visit, *, method: str, pairs: int = 96, batch: int = 8) -> None:
     prompts = tiled(pairs)
     inputs = visit.inputs("pairs", prompts, dpo=batch, reward=batch)
-    some = preferences._pairs(prompts)
+    some = preferences.pairs_of(prompts)
     some.to_parquet(inputs / "pairs.parquet")
     if not (inputs / "sft").exists():
-        preferences._untrained_adapter(visit.base, inputs / "sft")
+        preferences.untrained_adapter(visit.base, inputs / "sft")
     examples = preferences.tokenize_pairs(visit.tokenizer, some.assign(prompt=prompts["prompt"]))
     asked = sum(len(e["prompt_ids"]) for e in examples)
     answers = sum(len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in examples)
@@ -297,7 +298,7 @@ def run_ppo(visit: Visit) -> None:
     prompts = tiled(recipe.batches * recipe.batch_size).assign(split="train")
     inputs = visit.inputs("ppo", prompts)
     if not (inputs / "sft").exists():
-        preferences._untrained_adapter(visit.base, inputs / "sft")
+        preferences.untrained_adapter(visit.base, inputs / "sft")
     lengths = [len(prompt_ids(visit.tokenizer, prompt)) for prompt in prompts["prompt"]]
     asked = sum(lengths) / len(lengths) * recipe.batch_size
     new = recipe.max_new_tokens * recipe.batch_size
@@ -307,11 +308,9 @@ def run_ppo(visit: Visit) -> None:
     scoring = (3 * 2 * body + 2 * 2 * adapters) * (asked + new) + 2 * 2 * head * new
     updating = (2 * 4 * body + 2 * 6 * adapters) * (asked + new) + 4 * head * new
     flops = sampling + scoring + recipe.epochs_per_batch * updating
-    ends: list[tuple[float, dict[str, float]]] = []
+    ends: list[float] = []
 
     def side(inputs: Path, out: Path, timer: Timer) -> None:
-        import shutil
-
         shutil.rmtree(out / "work", ignore_errors=True)
         # Nothing ends a response before its length: -1 is no token.
         with patch.object(ppo, "stop_ids", lambda tokenizer, model: [-1]):
@@ -325,9 +324,9 @@ def run_ppo(visit: Visit) -> None:
                 seed=SEED,
                 work_dir=out / "work",
                 device=visit.device,
-                progress=lambda event: ends.append((time.perf_counter(), {})),
+                progress=lambda event: ends.append(time.perf_counter()),
             )
-        timer.seconds = (ends[-1][0] - ends[0][0]) / (recipe.batches - 1)
+        timer.seconds = (ends[-1] - ends[0]) / (recipe.batches - 1)
         (out / "facts.json").write_text(
             json.dumps({"phases": facts["phase_seconds"], "losses": []})
         )
@@ -352,14 +351,14 @@ class _Nothing:
 def run_generation(visit: Visit, *, prompts_per_batch: int = 64) -> None:
     prompts = tiled(generation.PROMPTS)
     inputs = visit.inputs("generation", prompts)
-    asked = generation._asked(inputs)
+    asked = generation.prompt_tokens(inputs)
     n_new = generation.PROMPTS * generation.SAMPLES * generation.TOKENS
     n_all = sum(map(len, asked)) + n_new
     flops = 2 * body_parameters(LLAMA_1B) * n_all
     flops += 2 * LLAMA_1B["hidden_size"] * LLAMA_1B["vocab_size"] * n_new
 
     def ours(inputs: Path, out: Path, timer: Timer) -> None:
-        model = generation._model(inputs, "bfloat16")
+        model = generation.load_model(inputs, "bfloat16")
         decoding = Decoding(generation.TOKENS, temperature=generation.TEMPERATURE)
 
         def sampled(prompts: list[list[int]], decoding: Decoding) -> None:
@@ -371,12 +370,12 @@ def run_generation(visit: Visit, *, prompts_per_batch: int = 64) -> None:
         sampled(asked[:2], Decoding(4))
         torch.cuda.synchronize()
         with timer():
-            for batch in generation._batches(asked, prompts_per_batch):
+            for batch in generation.batches(asked, prompts_per_batch):
                 sampled(batch, decoding)
             torch.cuda.synchronize()
 
     def theirs(inputs: Path, out: Path, timer: Timer) -> None:
-        model = generation._model(inputs, "bfloat16")
+        model = generation.load_model(inputs, "bfloat16")
 
         def generated(batch: list[list[int]], tokens: int) -> None:
             width = max(map(len, batch))
@@ -400,7 +399,7 @@ def run_generation(visit: Visit, *, prompts_per_batch: int = 64) -> None:
             generated(asked[:2], 4)
             torch.cuda.synchronize()
             with timer():
-                for batch in generation._batches(asked, prompts_per_batch):
+                for batch in generation.batches(asked, prompts_per_batch):
                     generated(batch, generation.TOKENS)
                 torch.cuda.synchronize()
 

@@ -3,12 +3,9 @@
 import contextlib
 import importlib
 
-from llmrec_assets.ground import surroundings
-
 _MODULES = ("answers", "classical_lists", "dpo", "leave_last_out", "ppo", "reward", "sft")
 
 for _name in _MODULES:
     # The step that needs what cannot be imported says so; others need not fail with it.
     with contextlib.suppress(Exception):
         importlib.import_module(f"llmrec_assets.models.{_name}")
-surroundings.models_are_preloaded()

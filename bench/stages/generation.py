@@ -59,7 +59,7 @@ def rows(bench: Bench) -> list[Row]:
     if dtype_name() != "float32":
         gguf_copy(inputs / "exact.gguf", "float32")
     config = json.loads((base / "config.json").read_text())
-    asked = _asked(inputs)
+    asked = prompt_tokens(inputs)
     n_prompt = sum(map(len, asked))
     n_new = PROMPTS * SAMPLES * TOKENS
     dtype = dtype_name()
@@ -114,24 +114,24 @@ def check(out: Mapping[str, Path]) -> str:
     return f"Greedy answers equal to ours: {', '.join(said)}. llama.cpp: {engine}"
 
 
-def _asked(inputs: Path) -> list[list[int]]:
+def prompt_tokens(inputs: Path) -> list[list[int]]:
     """Prompts of similar length beside each other, as ours batches them."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "base")
     texts = pd.read_parquet(inputs / "prompts.parquet")["prompt"]
     return sorted((prompt_ids(tokenizer, text) for text in texts), key=len)
 
 
-def _model(inputs: Path, dtype: str) -> Any:
+def load_model(inputs: Path, dtype: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(inputs / "base", dtype=getattr(torch, dtype))
     return model.to(pick_device().torch).eval()
 
 
-def _batches(asked: list[list[int]], size: int) -> list[list[list[int]]]:
+def batches(asked: list[list[int]], size: int) -> list[list[list[int]]]:
     return [asked[start : start + size] for start in range(0, len(asked), size)]
 
 
 def ours(inputs: Path, out: Path, timer: Timer) -> None:
-    asked, model = _asked(inputs), _model(inputs, dtype_name())
+    asked, model = prompt_tokens(inputs), load_model(inputs, dtype_name())
     pack(model)  # as the stages do that answer
 
     def sampled(model: Any, prompts: list[list[int]], n: int, decoding: Decoding) -> list[Any]:
@@ -143,11 +143,11 @@ def ours(inputs: Path, out: Path, timer: Timer) -> None:
     decoding = Decoding(TOKENS, temperature=TEMPERATURE)
     sampled(model, asked[:2], 1, Decoding(2))  # warms up
     with timer():
-        for batch in _batches(asked, PROMPTS_PER_BATCH):
+        for batch in batches(asked, PROMPTS_PER_BATCH):
             answers = sampled(model, batch, SAMPLES, decoding)
             new += sum(len(one.tokens) for some in answers for one in some)
     del model
-    exact = _model(inputs, "float32")
+    exact = load_model(inputs, "float32")
     pack(exact)
     greedy = sampled(exact, asked[::8], 1, Decoding(TOKENS, do_sample=False))
     told = [one.tokens for (one,) in greedy]
@@ -166,7 +166,7 @@ def generate_batched(inputs: Path, out: Path, timer: Timer) -> None:
 
 
 def _generate(inputs: Path, out: Path, timer: Timer, size: int) -> None:
-    asked, model = _asked(inputs), _model(inputs, dtype_name())
+    asked, model = prompt_tokens(inputs), load_model(inputs, dtype_name())
     torch.manual_seed(SEED)
 
     def generated(model: Any, batch: Sequence[list[int]], tokens: int, **options: Any) -> Any:
@@ -190,7 +190,7 @@ def _generate(inputs: Path, out: Path, timer: Timer, size: int) -> None:
     generated(model, asked[:2], 2, do_sample=False)  # warms up
     new = 0
     with timer():
-        for batch in _batches(asked, size):
+        for batch in batches(asked, size):
             answers = generated(
                 model,
                 batch,
@@ -200,10 +200,10 @@ def _generate(inputs: Path, out: Path, timer: Timer, size: int) -> None:
                 num_return_sequences=SAMPLES,
             )
             new += sum(map(len, answers))
-    exact = _model(inputs, "float32")
+    exact = load_model(inputs, "float32")
     greedy = [
         answer
-        for batch in _batches(asked[::8], size)
+        for batch in batches(asked[::8], size)
         for answer in generated(exact, batch, TOKENS, do_sample=False)
     ]
     keep(out, new=new, greedy=greedy)
@@ -213,7 +213,7 @@ def llama_cpp(inputs: Path, out: Path, timer: Timer) -> None:
     """One server engine, a slot for each answer at once; a prompt's answers share its prefill."""
     import xllamacpp
 
-    asked, dtype = _asked(inputs), dtype_name()
+    asked, dtype = prompt_tokens(inputs), dtype_name()
     longest = max(map(len, asked))
     answer = _llama_cpp(inputs / "model.gguf", PROMPTS_PER_BATCH * SAMPLES, longest)
     answer(asked[:2], 2, 1, temperature=0.0)  # warms up

@@ -57,10 +57,10 @@ RATE = 1e-5
 def rows(bench: Bench) -> list[Row]:
     inputs = bench.directory("preferences", "inputs")
     base = smollm2(inputs)
-    _untrained_adapter(base, inputs / "sft")
+    untrained_adapter(base, inputs / "sft")
     prompts = figure2_prompts(PAIRS)
     prompts.to_parquet(inputs / "prompts.parquet")
-    pairs = _pairs(prompts)
+    pairs = pairs_of(prompts)
     pairs.to_parquet(inputs / "pairs.parquet")
     config = json.loads((base / "config.json").read_text())
     examples = tokenize_pairs(
@@ -133,7 +133,7 @@ def check_reward(out: Mapping[str, Path]) -> str:
     return f"Mean losses from heads drawn apart: {told}"
 
 
-def _untrained_adapter(base: Path, directory: Path) -> None:
+def untrained_adapter(base: Path, directory: Path) -> None:
     """SFT's place: an adapter that changes nothing, so that TRL's base model is the same policy."""
     from peft import get_peft_model
 
@@ -142,7 +142,7 @@ def _untrained_adapter(base: Path, directory: Path) -> None:
     save_adapter(get_peft_model(model, lora_config(LORA, "CAUSAL_LM")), directory, base.name)
 
 
-def _pairs(prompts: pd.DataFrame) -> pd.DataFrame:
+def pairs_of(prompts: pd.DataFrame) -> pd.DataFrame:
     """The ground truth preferred to the next user's; what they say is all the same here."""
     completions = prompts["completion"].tolist()
     pairs = prompts[["user_id", "window_index", "split"]].copy()

@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-_preloaded = False
 _used = False
 _PROJECT = Path(__file__).resolve().parents[2]
 
@@ -64,10 +63,10 @@ def _requirements() -> list[str]:
 def machine() -> dict[str, Any]:
     """CPU model, cores, torch's threads and the GPU.
 
-    Torch is asked only where the step uses it: ``threads`` and ``gpu`` are ``None`` for a step
-    without a model, and ``gpu`` also for one that used none.
+    Torch is asked only where the process has said that it uses a model (``use_models``): it may be
+    loaded in any. ``gpu`` is ``None`` also where none was used.
     """
-    torch = sys.modules.get("torch") if _used or not _preloaded else None
+    torch = sys.modules.get("torch") if _used else None
     gpu = None
     if torch is not None and torch.cuda.is_initialized():
         gpu = torch.cuda.get_device_name()
@@ -77,12 +76,6 @@ def machine() -> dict[str, Any]:
         "threads": None if torch is None else torch.get_num_threads(),
         "gpu": gpu,
     }
-
-
-def models_are_preloaded() -> None:
-    """Torch is loaded in this process and those forked from it, whether they use models or not."""
-    global _preloaded
-    _preloaded = True
 
 
 def use_models() -> None:

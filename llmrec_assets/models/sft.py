@@ -84,25 +84,22 @@ def tokenize_examples(
     return examples
 
 
-@dataclass(frozen=True)
-class UnpaddedCollator:
-    """Makes one row of some examples, without padding (``unpadded``).
+def unpadded_batch(examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """One row of some examples, without padding (``unpadded``).
 
     ``input_ids`` and ``labels`` [1, N], ``position_ids`` [1, N], each example from 0, ``rows``, and
     ``answers``: the places whose output predicts a labelled token.
     """
-
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-        lengths = [len(example["input_ids"]) for example in examples]
-        labels = torch.tensor([label for example in examples for label in example["labels"]])
-        return {
-            "input_ids": torch.tensor([[i for example in examples for i in example["input_ids"]]]),
-            "labels": labels[None],
-            "position_ids": positions(lengths)[None],
-            "rows": rows_of(lengths),
-            # An example's first token is its prompt's: no label is predicted by another example.
-            "answers": (labels != -100).nonzero()[:, 0] - 1,
-        }
+    lengths = [len(example["input_ids"]) for example in examples]
+    labels = torch.tensor([label for example in examples for label in example["labels"]])
+    return {
+        "input_ids": torch.tensor([[i for example in examples for i in example["input_ids"]]]),
+        "labels": labels[None],
+        "position_ids": positions(lengths)[None],
+        "rows": rows_of(lengths),
+        # An example's first token is its prompt's: no label is predicted by another example.
+        "answers": (labels != -100).nonzero()[:, 0] - 1,
+    }
 
 
 class _CompletionTrainer(SFTTrainer):
@@ -273,7 +270,7 @@ def _train(
         callbacks=[ReportProgress("SFT", progress, recipe.batch_size)],
     )
     if speed_up(trainer.model, unpadded=True):
-        trainer.data_collator = UnpaddedCollator()
+        trainer.data_collator = unpadded_batch
         trainer.train_dataset = examples  # an Arrow table makes lists anew for every batch
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

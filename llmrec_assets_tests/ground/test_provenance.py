@@ -101,9 +101,12 @@ def test_a_lost_or_damaged_version_is_named(store):
 # -- surroundings -------------------------------------------------------------------------------
 
 
-def test_the_machine_is_told_without_its_name_or_a_path():
+def test_the_machine_is_told_without_its_name_or_a_path(monkeypatch):
     import torch
 
+    monkeypatch.setattr(surroundings, "_used", False)
+    assert surroundings.machine()["threads"] is None  # loaded, as in any forked step, is not used
+    surroundings.use_models()
     told = surroundings.machine()
     assert told["threads"] == torch.get_num_threads() and told["cores"] >= 1
     assert told["gpu"] is None or torch.cuda.is_initialized()

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppo_cases import LORA, PROMPTS, TINY, Scripted, random_reward_model
+from ppo_cases import PROMPTS, TINY, Scripted, random_reward_model
 from test_dpo import PAIRS, make_sft_adapter
 from test_dpo import PROMPTS as PAIR_PROMPTS
 from test_fast_layers import _model, _run
+from test_ppo import RECIPE as PPO
 
 from llmrec_assets.ground.recipes import (
     DpoRecipe,
     EvaluationRecipe,
     LoraRecipe,
     RewardRecipe,
-    RlhfRecipe,
     SftRecipe,
 )
 from llmrec_assets.models import fast_layers as fast
@@ -162,19 +162,7 @@ def test_reward_model(dirs, tmp_path: Path) -> None:
 @pytest.mark.parametrize("reward", ["ndcg", "model"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ppo(dirs, tmp_path: Path, reward: str, dtype: str) -> None:
-    recipe = RlhfRecipe(
-        reward=reward,
-        lora=LORA,
-        learning_rate=2e-3,
-        value_learning_rate=5e-3,
-        batches=2,
-        batch_size=8,
-        micro_batch_size=4,
-        epochs_per_batch=2,
-        max_new_tokens=20,
-        kl_target=10.0,
-        dtype=dtype,
-    )
+    recipe = PPO.model_copy(update={"reward": reward, "batches": 2, "dtype": dtype})
     reward_dir = random_reward_model(dirs[0], dirs[1], tmp_path / "reward")
 
     def train(device: Device, work: Path):

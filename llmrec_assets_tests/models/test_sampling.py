@@ -12,6 +12,7 @@ from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.sampling import (
     Decoding,
     Sample,
+    _drawn,
     next_tokens,
     sample_tokens,
     stream,
@@ -125,6 +126,22 @@ def test_the_extremes_of_the_noise_draw_the_first_and_last_possible_token() -> N
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, 2.0, float("-inf")]]).expand(2, -1)
     noise = np.array([0.0, 1 - 2.0**-52])
     assert next_tokens(logits, NO_STOP, noise).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("vocabulary", [7, 512, 1300])
+def test_sections_draw_what_one_sum_over_the_vocabulary_draws(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    weights = torch.rand(200, vocabulary, generator=generator) ** 8
+    weights[torch.rand(weights.shape, generator=generator) < 0.4] = 0  # as top_k leaves them
+    weights[:, 3] += 1e-3
+    noise = torch.rand(200, generator=generator, dtype=torch.float64)
+    noise[0], noise[1] = 0, 1 - 2**-52
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    target = noise[:, None] * cumulative[:, -1:]
+    expected = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    drawn = _drawn(weights, noise)
+    assert torch.equal(drawn, expected)
+    assert (weights.gather(1, drawn[:, None]) > 0).all()
 
 
 def test_sampled_first_tokens_follow_the_models_own_softmax(model) -> None:
