@@ -244,7 +244,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from llmrec_assets.ground.movielens import FORMATS
+    from llmrec_assets.ground.formats import FORMATS
     from llmrec_assets.ground.recipes import load_recipe
     from llmrec_assets.ground.report import markdown_table, readable
 

@@ -14,6 +14,7 @@ from llmrec_assets.ground import surroundings
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Dagster sets a step's own handler
 # Steps run the code that is loaded here, whatever is committed or installed meanwhile.
+surroundings.load_ground()
 surroundings.commit()
 surroundings.library_versions()
 defs.get_repository_def().load_all_definitions()

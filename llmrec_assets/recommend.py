@@ -20,7 +20,7 @@ import pandas as pd
 from llmrec_assets.ground.champion import read_served
 from llmrec_assets.ground.errors import DataError, RecipeError
 from llmrec_assets.ground.histories import known_histories, read_histories
-from llmrec_assets.ground.promotion import CHAMPION
+from llmrec_assets.ground.stages import CHAMPION
 from llmrec_assets.orchestration.partitions import DATASETS
 from llmrec_assets.orchestration.resources import GpuResource, StoreResource
 

@@ -13,6 +13,7 @@ from typing import Any
 import dagster as dg
 
 from llmrec_assets.definitions import build_defs
+from llmrec_assets.ground import surroundings
 from llmrec_assets.ground.errors import LlmrecError, RecipeError
 from llmrec_assets.ground.recipes import load_recipe
 from llmrec_assets.ground.recommendations import STAGE_ORDER
@@ -168,6 +169,7 @@ def _run(
     run_config = _config(job, force=force, seed=seed, selection=selection)
     if config is not None:
         run_config["ops"] = {name: {"config": values} for name, values in config.items()}
+    surroundings.load_ground()
     try:
         with burying_dead_runs(instance):
             result = job.execute_in_process(

@@ -14,8 +14,6 @@ import os
 import urllib.parse
 from collections.abc import Mapping
 
-import requests
-
 from llmrec_assets.ground.errors import LlmrecError
 
 WEBHOOK = "LLMREC_ALERT_WEBHOOK"
@@ -60,6 +58,8 @@ def post(url: str, alert: Mapping[str, object]) -> str | None:
     """
     host = urllib.parse.urlsplit(url).hostname
     try:
+        import requests
+
         # A redirect could lead away from https.
         answer = requests.post(url, json=alert, timeout=_TIMEOUT_S, allow_redirects=False)
     except Exception as error:  # its text may hold the URL

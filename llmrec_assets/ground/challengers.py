@@ -23,11 +23,12 @@ from llmrec_assets.ground.catalogue import catalogue_problems
 from llmrec_assets.ground.errors import DataError, RecipeError, StoreError
 from llmrec_assets.ground.evaluation import user_metrics
 from llmrec_assets.ground.leaks import prompt_problems, user_split_problems, window_problems
-from llmrec_assets.ground.promotion import CHALLENGER, Side
+from llmrec_assets.ground.promotion import Side
 from llmrec_assets.ground.recipes import Recipe, load_recipe
 from llmrec_assets.ground.score_checks import score_problems
 from llmrec_assets.ground.serving import Served
 from llmrec_assets.ground.stages import (
+    CHALLENGER,
     CHECKPOINT_OF_STAGE,
     policy_problems,
     trained_user_problems,

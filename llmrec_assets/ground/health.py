@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec_assets.ground.errors import StoreError
-from llmrec_assets.ground.incoming import quarantined_files
-from llmrec_assets.ground.movielens import FORMATS
+from llmrec_assets.ground.formats import FORMATS
+from llmrec_assets.ground.incoming_files import quarantined_files
 from llmrec_assets.ground.retention import Version, published, remove_work, unfinished
+from llmrec_assets.ground.stages import CHAMPION, CHAMPION_RECORD
 from llmrec_assets.ground.store import CURRENT, Store, store_lock, verify_checkpoint
 from llmrec_assets.ground.tables import content_version
 from llmrec_assets.ground.warehouse import WAREHOUSE, publish_warehouse, view_statements
@@ -36,8 +36,6 @@ from llmrec_assets.ground.warehouse import WAREHOUSE, publish_warehouse, view_st
 #: A publication takes seconds: a temporary file that is older was left by a kill.
 _LITTER_AGE_S = 3600
 _LOW_SPACE = 2**30
-#: A table that is a record, not a result.
-_RECORD = "promotions"
 
 State = Literal["ok", "note", "problem", "mended"]
 
@@ -92,7 +90,7 @@ def _pointers(root: Path) -> list[Finding]:
                 version = str(json.loads(path.read_text())["version"])
             except (OSError, ValueError, KeyError, TypeError):
                 remedy = _remedy(asset)
-                if asset != _RECORD:
+                if asset != CHAMPION_RECORD:
                     remedy = f"remove {where}/{CURRENT} and {remedy}"
                 yield Finding("pointers", "problem", f"{where}/{CURRENT} is damaged", remedy)
                 continue
@@ -141,14 +139,16 @@ def _damaged(check: str, version: Version, problem: str) -> Finding:
 
 
 def _remedy(asset: str) -> str:
-    if asset == _RECORD:
+    if asset == CHAMPION_RECORD:
         return f"it cannot be made again: name an older version that lies there in its {CURRENT}"
-    if asset == "champion":
+    if asset == CHAMPION:
         return "`llmrec promote --force` with a recipe"
     return f"materialize {asset} again"
 
 
 def _views(store: Store, root: Path, repair: bool) -> list[Finding]:
+    import duckdb
+
     path = root / WAREHOUSE
     try:
         expected = _read_files("\n".join(view_statements(store)))

@@ -1,11 +1,7 @@
 """New ratings that arrive as files: taken in whole or put aside with the reason.
 
-    incoming/<data set>/               put files here
-    incoming/<data set>/accepted/      <hash>-<name>: taken in, kept, read again on every run
-    incoming/<data set>/quarantine/    <hash>-<name>, and <hash>-<name>.reason.txt beside it
-
-What belongs here: which files wait, what a rating file looks like, and merging its rows. What does
-not: what a valid rating is (``movielens``), who notices new files (``orchestration.sensors``).
+What belongs here: what a rating file looks like, and merging its rows. What does not: which files
+wait (``incoming_files``), what a valid rating is (``movielens``).
 
 The accepted files are the state: a table is always computed from all of them, and a file gets there
 by one rename. So a kill at any moment loses nothing, counts nothing twice, and the order of arrival
@@ -14,9 +10,7 @@ does not matter. A rating file is taken whole or not at all: half of a wrong fil
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,16 +20,21 @@ import pandas as pd
 from filelock import FileLock
 
 from llmrec_assets.ground.errors import DataError
+from llmrec_assets.ground.incoming_files import (
+    ACCEPTED,
+    QUARANTINE,
+    REASON,
+    SETTLE_SECONDS,
+    accepted_files,
+    age_of,
+    kept_name,
+    printable,
+    settled_files,
+    waiting_files,
+)
 from llmrec_assets.ground.movielens import rating_frame, require_known_ratings
 from llmrec_assets.ground.store import sha256_file
 from llmrec_assets.ground.text_rows import bad_row, numbers_in, read_text
-
-ACCEPTED = "accepted"
-QUARANTINE = "quarantine"
-REASON = ".reason.txt"
-
-#: A file that was written to within these seconds may still be growing.
-SETTLE_SECONDS = 5.0
 
 _FIELDS = ("user", "movie", "rating", "timestamp")
 _HEADER = {
@@ -45,7 +44,6 @@ _HEADER = {
     "timestamp": "timestamp",
 }
 _REMEDY = "Correct or remove the row."
-_LONGEST_NAME = 200  # bytes; with hash and suffix below the 255 a file system allows
 
 Log = Callable[[str], None]
 
@@ -84,7 +82,7 @@ def take_in(
             (place / directory).mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock"):
             _remove_reasons_without_a_file(place / QUARANTINE)
-            youngest = min((_age(path) for path in _waiting(place)), default=SETTLE_SECONDS)
+            youngest = min((age_of(path) for path in waiting_files(place)), default=SETTLE_SECONDS)
             time.sleep(max(0.0, SETTLE_SECONDS - youngest))
             for path in settled_files(place):
                 reason = _accept_or_quarantine(path, dataset, users, movies)
@@ -101,7 +99,7 @@ def take_in(
             "writable, and make room there."
         ) from error
     left = sorted(
-        _as_text(path.name) for path in place.iterdir() if not _ours(path) and path.name[0] != "."
+        printable(path.name) for path in place.iterdir() if not _ours(path) and path.name[0] != "."
     )
     ratings = merged([pd.concat(frames)] if frames else [])
     return TakenIn(ratings, [path.name for path in accepted], quarantined, left)
@@ -122,72 +120,6 @@ def merged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return latest.sort_values(["user_id", "timestamp", "movie_id"], ignore_index=True)
 
 
-def settled_files(place: Path) -> list[Path]:
-    """Plain files that wait in ``place`` and are not being written, by name."""
-    return [path for path in _waiting(place) if _age(path) >= SETTLE_SECONDS]
-
-
-def accepted_files(place: Path) -> list[Path]:
-    """Files that were taken in, by name."""
-    return sorted(path for path in (place / ACCEPTED).glob("[!.]*") if path.is_file())
-
-
-def quarantined_files(place: Path) -> dict[str, str]:
-    """File → reason, of everything that was put aside."""
-    directory = place / QUARANTINE
-    reasons = {}
-    for path in sorted(directory.glob("[!.]*")):
-        if not path.name.endswith(REASON):
-            reason = directory / (path.name + REASON)
-            reasons[path.name] = (
-                reason.read_text(encoding="utf-8").strip() if reason.is_file() else "no reason kept"
-            )
-    return reasons
-
-
-def fingerprint(names: Sequence[str]) -> str:
-    """16 hex digits over the names of accepted files, which carry the hash of their content."""
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
-
-
-def kept_name(path: Path) -> str:
-    """The name a file is kept under: content hash and name, so that the same file dropped again
-    is the same file, and another one of that name is another. A file that cannot be read has the
-    time of its last write in place of the hash. The mark alone is the name where the whole would be
-    too long, or would look like the reason of another file.
-
-    Raises:
-        FileNotFoundError: another process has taken it in.
-    """
-    fits = len(os.fsencode(path.name)) <= _LONGEST_NAME and not path.name.endswith(REASON)
-    try:
-        mark = sha256_file(path)[:16]
-    except PermissionError:
-        told = path.stat()
-        mark = f"unreadable-{told.st_ino}-{told.st_mtime_ns}"
-    return f"{mark}-{path.name}" if fits else mark
-
-
-def _waiting(place: Path) -> list[Path]:
-    if not place.is_dir():
-        return []
-    # A name that starts with a dot is somebody's temporary file. Links are left: what they name
-    # could change after it was accepted; a pipe would never end. A name that is no text could
-    # stand in no message.
-    return sorted(
-        path
-        for path in place.iterdir()
-        if path.name[0] != "."
-        and stat.S_ISREG(path.lstat().st_mode)
-        and _as_text(path.name) == path.name
-    )
-
-
-def _as_text(name: str) -> str:
-    """The name with bytes that are no UTF-8 written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def _remove_reasons_without_a_file(quarantine: Path) -> None:
     """Their file was corrected and moved back."""
     for reason in quarantine.glob("*" + REASON):
@@ -197,11 +129,6 @@ def _remove_reasons_without_a_file(quarantine: Path) -> None:
 
 def _ours(path: Path) -> bool:
     return path.name in (ACCEPTED, QUARANTINE) and path.is_dir()
-
-
-def _age(path: Path) -> float:
-    """Seconds since the last write; a time in the future (another machine's clock) counts too."""
-    return abs(time.time() - path.stat().st_mtime)
 
 
 def _accept_or_quarantine(

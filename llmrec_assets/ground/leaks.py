@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from llmrec_assets.ground.recipes import WindowRecipe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KEY = ["user_id", "window_index"]
 

@@ -26,7 +26,7 @@ from typing import TypeVar
 import pandas as pd
 
 from llmrec_assets.ground.binomial import clopper_pearson
-from llmrec_assets.ground.movielens import FORMATS
+from llmrec_assets.ground.formats import FORMATS
 from llmrec_assets.ground.recipes import ProbeRecipe
 from llmrec_assets.ground.schemas import MEMORISATION
 from llmrec_assets.ground.text_rows import read_text

@@ -14,42 +14,15 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from llmrec_assets.ground.formats import FORMATS, ML_100K, DatasetFormat
 from llmrec_assets.ground.ordering import by_user_and_time, occurred_before
 from llmrec_assets.ground.places import city_state
 from llmrec_assets.ground.text_rows import RESTORE, bad_row, number_columns, rows, whole_number
-
-
-@dataclass(frozen=True)
-class DatasetFormat:
-    """Names and separators of one format's files."""
-
-    name: str
-    ratings: str
-    movies: str
-    users: str
-    ratings_separator: str
-    separator: str
-    """Separates the fields of the movies and users files."""
-    optional: tuple[str, ...] = ()
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        return (self.ratings, self.movies, self.users)
-
-
-ML_100K = DatasetFormat(
-    "ml-100k", "u.data", "u.item", "u.user", "\t", "|", ("u.genre", "u.occupation")
-)
-ML_1M = DatasetFormat("ml-1m", "ratings.dat", "movies.dat", "users.dat", "::", "::")
-
-#: Format by data set.
-FORMATS: dict[str, DatasetFormat] = {"sample": ML_100K, "ml-100k": ML_100K, "ml-1m": ML_1M}
 
 #: ML-100K's genre flags in column order, for when ``u.genre`` is not there.
 GENRES = [

@@ -26,12 +26,8 @@ from llmrec_assets.ground.intervals import bootstrap_means
 from llmrec_assets.ground.recipes import EvaluationRecipe
 from llmrec_assets.ground.recommendations import typed
 from llmrec_assets.ground.schemas import PROMOTIONS
+from llmrec_assets.ground.stages import CHALLENGER, CHAMPION, CHAMPION_RECORD
 from llmrec_assets.ground.store import Store, read_manifest
-
-#: What the two sides are called where a list's stage is asked for; the one in force is also the
-#: asset.
-CHALLENGER, CHAMPION = "challenger", "champion"
-TABLE = "promotions"
 
 
 @dataclass(frozen=True)
@@ -207,13 +203,13 @@ def recorded(store: Store, dataset: str) -> pd.DataFrame:
     Raises:
         StoreError: the table is damaged. It is a record and cannot be made again.
     """
-    directory = Path(str(store.table_path(TABLE, dataset, "any"))).parent
+    directory = Path(str(store.table_path(CHAMPION_RECORD, dataset, "any"))).parent
     # The first record's pointer may be missing because a kill came before it; a later one's not.
     begun = len(list(directory.glob("[!.]*.parquet"))) > 1
     try:
-        if store.current(TABLE, dataset, kind="tables") is None and not begun:
+        if store.current(CHAMPION_RECORD, dataset, kind="tables") is None and not begun:
             return typed(pd.DataFrame(columns=PROMOTIONS.names), PROMOTIONS)
-        return store.read_table(TABLE, dataset).frame
+        return store.read_table(CHAMPION_RECORD, dataset).frame
     except StoreError as error:
         raise StoreError(
             f"the record of promotions of {dataset} cannot be read, and nothing is decided that "

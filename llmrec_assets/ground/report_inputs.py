@@ -11,13 +11,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from llmrec_assets.ground.plots import curves_plot
-from llmrec_assets.ground.report_page import Curve, Report
 from llmrec_assets.ground.store import Store, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from llmrec_assets.ground.report_page import Curve, Report
 
 #: Checkpoint asset → what its curves are called.
 TRAININGS = {
@@ -43,6 +45,8 @@ class ReportInputs:
 
     def curves(self) -> list[Curve]:
         """One picture per training, its curves as panels."""
+        from llmrec_assets.ground.report_page import Curve
+
         return [
             Curve(TRAININGS[asset], curves_plot(curves, x="step"))
             for asset, curves in self._curves.items()

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from llmrec_assets.ground.archives import contains, sha256_of, unpack
 from llmrec_assets.ground.errors import DataError
-from llmrec_assets.ground.movielens import FORMATS, DatasetFormat
+from llmrec_assets.ground.formats import FORMATS, DatasetFormat
 from llmrec_assets.ground.redaction import without_secrets
 
 Log = Callable[[str], None]

@@ -1,7 +1,8 @@
 """Which stages stand in the metric table: those made from the current prompts.
 
-What belongs here: reading the current recommendation tables of a partition and saying which are
-missing or stale. What does not: scoring them (``evaluation``).
+What belongs here: what stages and their tables are called, reading the current recommendation
+tables of a partition and saying which are missing or stale. What does not: scoring them
+(``evaluation``).
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.store import Store, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Tables that hold recommendations for the test windows, and the stages each brings.
 STAGES_OF_TABLE = {
@@ -41,6 +44,10 @@ CHECKPOINT_OF_STAGE = {
     "rlhf": "rlhf_checkpoint",
 }
 RESPONSE_TABLES = [f"{stage}_responses" for stage in CHECKPOINT_OF_STAGE]
+#: What the two sides of a promotion are called where a list's stage is asked for; the one in force
+#: is also the asset, and the table beside it holds every decision about it.
+CHALLENGER, CHAMPION, CHAMPION_RECORD = "challenger", "champion", "promotions"
+
 _INPUT_CHECKPOINTS = ("base_model", "sft_checkpoint", "reward_model")
 
 
@@ -66,6 +73,8 @@ def current_stages(
         DataError: none of them is, or the classical lists were made by another recipe. They are
             not left out: without them every bar of the table would be gone.
     """
+    import pandas as pd
+
     kept, left_out, versions = [], [], {}
     for asset in RECOMMENDATION_TABLES:
         if store.current(asset, partition, kind="tables") is None:
@@ -111,6 +120,8 @@ def answers_behind(
     """The current ``RESPONSES`` that ``lists`` (``RECOMMENDATIONS``) were read from: same stage,
     decoding, prompts and checkpoint; and the versions of their tables. Answers made since are left
     out."""
+    import pandas as pd
+
     key = ["stage", "decoding", "prompts_version", "checkpoint_version"]
     wanted = lists[key].drop_duplicates()
     found, versions = [wanted.iloc[:0]], {}

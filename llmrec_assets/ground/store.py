@@ -26,9 +26,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
@@ -38,6 +37,9 @@ from llmrec_assets.ground.disk import telling_disk_trouble
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.tables import conform, content_version, require, to_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANIFEST = "manifest.json"
 #: Where the record of how a version came about stands (``provenance``): a key of the manifest, and

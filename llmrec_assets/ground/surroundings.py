@@ -7,7 +7,9 @@ not: writing them down (``provenance``). Neither host names nor paths are told.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
+import pkgutil
 import platform
 import re
 import subprocess
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from llmrec_assets import ground
 
 _used = False
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -37,6 +41,15 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return told.stdout.strip() or None
+
+
+def load_ground() -> None:
+    """Imports every module of this floor, most of which the definitions do without: what a long run
+    reaches late is then the code that ``commit`` tells, too."""
+    for module in pkgutil.iter_modules(ground.__path__, f"{ground.__name__}."):
+        # The step that needs what cannot be imported says so; others need not fail with it.
+        with contextlib.suppress(Exception):
+            importlib.import_module(module.name)
 
 
 @cache

@@ -6,14 +6,18 @@ What belongs here: conforming to a schema and hashing content. What does not: wh
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_assets.ground.errors import StoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def conform(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
@@ -25,6 +29,8 @@ def conform(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
         StoreError: a column is missing, superfluous, there twice or of another kind, or a column
             that may not be NULL holds one; names table and column.
     """
+    import pandas as pd
+
     missing = [name for name in schema.names if name not in frame.columns]
     extra = [str(name) for name in frame.columns if name not in schema.names]
     twice = [str(name) for name in frame.columns[frame.columns.duplicated()].unique()]
@@ -123,20 +129,28 @@ def _hash_array(digest: hashlib._Hash, array: pa.Array) -> None:
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
     """An Arrow table as a frame: lists are Python lists, nullable integers keep their NULLs."""
-    frame = table.to_pandas(types_mapper=_NULLABLE.get, date_as_object=True)
+    import pandas as pd
+
+    nullable = _nullable()
+    frame = table.to_pandas(types_mapper=nullable.get, date_as_object=True)
     for field in table.schema:
         if pa.types.is_list(field.type):
             frame[field.name] = pd.Series(
                 table.column(field.name).to_pylist(), index=frame.index, dtype=object
             )
-        elif not field.nullable and field.type in _NULLABLE:
+        elif not field.nullable and field.type in nullable:
             frame[field.name] = frame[field.name].astype(field.type.to_pandas_dtype())
     return frame
 
 
-_NULLABLE: dict[pa.DataType, pd.api.extensions.ExtensionDtype] = {
-    pa.int8(): pd.Int8Dtype(),
-    pa.int16(): pd.Int16Dtype(),
-    pa.int32(): pd.Int32Dtype(),
-    pa.int64(): pd.Int64Dtype(),
-}
+@functools.cache
+def _nullable() -> dict[pa.DataType, pd.api.extensions.ExtensionDtype]:
+    """Arrow's integers → pandas' with NULLs."""
+    import pandas as pd
+
+    return {
+        pa.int8(): pd.Int8Dtype(),
+        pa.int16(): pd.Int16Dtype(),
+        pa.int32(): pd.Int32Dtype(),
+        pa.int64(): pd.Int64Dtype(),
+    }

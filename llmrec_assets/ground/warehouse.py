@@ -16,10 +16,12 @@ import os
 import uuid
 from collections import defaultdict
 from pathlib import Path
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from llmrec_assets.ground.store import Store, store_lock
+
+if TYPE_CHECKING:
+    import duckdb
 
 WAREHOUSE = "warehouse.duckdb"
 #: Readable by DuckDB 1.5 and later (the packaged command line is older than the library).
@@ -54,6 +56,8 @@ def publish_warehouse(store: Store) -> Path | None:
     Raises:
         StoreError: the disk refuses; the file that was there stays.
     """
+    import duckdb
+
     if not store.is_local:
         return None
     root = Path(str(store.root))
@@ -83,6 +87,8 @@ def publish_warehouse(store: Store) -> Path | None:
 
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
     """An in-memory connection with a view per table; reads current data, locks nothing."""
+    import duckdb
+
     connection = duckdb.connect()
     for statement in view_statements(store):
         connection.execute(statement)

@@ -24,7 +24,8 @@ from llmrec_assets.ground.challengers import (
 )
 from llmrec_assets.ground.champion import write_card
 from llmrec_assets.ground.errors import StoreError
-from llmrec_assets.ground.promotion import CHALLENGER, CHAMPION, Promotion
+from llmrec_assets.ground.promotion import Promotion
+from llmrec_assets.ground.stages import CHALLENGER, CHAMPION
 from llmrec_assets.ground.store import Store, read_manifest
 from llmrec_assets.models.champion import pack_champion, validation_lists
 from llmrec_assets.models.device import Device

@@ -1,5 +1,5 @@
 """Dagster floor, thin: an asset body takes inputs, calls one function below, returns metadata.
 
-Loading this package imports neither torch nor transformers: model functions are imported inside
-the step that runs them.
+Loading this package imports no library of models, and none of pandas, DuckDB, RapidFuzz and
+requests: a function whose module needs one is imported inside the body that calls it.
 """

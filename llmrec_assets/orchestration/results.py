@@ -1,7 +1,7 @@
 """What an asset returns: its value, its data version and metadata a person can read.
 
-What belongs here: the shape of ``MaterializeResult``s shared by all assets. What does not: any
-number itself.
+What belongs here: the shape of ``MaterializeResult``s shared by all assets, and of the tables they
+take. What does not: any number itself.
 """
 
 from __future__ import annotations
@@ -10,22 +10,27 @@ import base64
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-import pandas as pd
 import pyarrow as pa
 
 from llmrec_assets.ground.column_lineage import expanded, sources
 from llmrec_assets.ground.lineage import trace
 from llmrec_assets.ground.plots import line_plot
-from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.schemas import SCHEMAS
 from llmrec_assets.ground.store import Store, builder_lock, checkpoint_version, read_manifest
 from llmrec_assets.ground.tables import conform, content_version
 from llmrec_assets.orchestration.config import ForceConfig
 from llmrec_assets.orchestration.provenance import lineage_metadata, provenance_of_step
 from llmrec_assets.orchestration.waiting import Holder, described, holding
+
+if TYPE_CHECKING:
+    from pandas import DataFrame as Frame
+else:
+    #: A table as an asset's input. Dagster reads annotations when it loads the definitions, which
+    #: does without pandas; the IO manager gives a frame of the declared columns, or fails.
+    Frame = Any
 
 _PREVIEW_ROWS = 5
 
@@ -69,10 +74,12 @@ def column_lineage(asset: str) -> dg.TableColumnLineage:
 
 
 def table_result(
-    asset: str, frame: pd.DataFrame, metadata: Mapping[str, Any] | None = None
+    asset: str, frame: Frame, metadata: Mapping[str, Any] | None = None
 ) -> TableResult:
     """A table asset's result. The data version is the hash of the content, so that automation
     sees what changed and not what merely ran."""
+    from llmrec_assets.ground.report import markdown_table
+
     table = conform(frame, SCHEMAS[asset], asset)
     return dg.MaterializeResult(
         asset_key=asset,
@@ -89,7 +96,7 @@ def table_result(
 
 def checked_table_result(
     asset: str,
-    frame: pd.DataFrame,
+    frame: Frame,
     problems: Mapping[str, Sequence[str]],
     metadata: Mapping[str, Any] | None = None,
 ) -> CheckedResult:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import dagster as dg
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
-from llmrec_assets.ground import incoming
+from llmrec_assets.ground import incoming_files
 from llmrec_assets.orchestration.assets.source import FINGERPRINT
 from llmrec_assets.orchestration.jobs import source_data
 from llmrec_assets.orchestration.partitions import DATASETS
@@ -42,19 +42,19 @@ def new_ratings(
     for dataset in DATASETS:
         place = storage.incoming_directory(dataset)
         waiting = []
-        for path in incoming.settled_files(place):
+        for path in incoming_files.settled_files(place):
             with contextlib.suppress(FileNotFoundError):  # a run has just taken it in
-                waiting.append(incoming.kept_name(path))
-        accepted = [path.name for path in incoming.accepted_files(place)]
+                waiting.append(incoming_files.kept_name(path))
+        accepted = [path.name for path in incoming_files.accepted_files(place)]
         made_of = _made_of(context.instance, dataset)
         never = made_of is None and not accepted
-        if not waiting and (never or made_of == incoming.fingerprint(accepted)):
+        if not waiting and (never or made_of == incoming_files.fingerprint(accepted)):
             continue
         nothing = False
         if _is_running(context.instance, dataset):
             continue  # it takes in what is there now; what comes later is seen afterwards
         files = hashlib.sha256(
-            f"{incoming.fingerprint(waiting)}|{incoming.fingerprint(accepted)}".encode()
+            f"{incoming_files.fingerprint(waiting)}|{incoming_files.fingerprint(accepted)}".encode()
         ).hexdigest()[:16]
         yield dg.RunRequest(run_key=f"{dataset}-{files}-{today}", partition_key=dataset)
     if nothing:

@@ -9,9 +9,9 @@ import datetime as dt
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dagster as dg
-import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
 from pydantic import Field
@@ -19,17 +19,21 @@ from pydantic import Field
 from llmrec_assets.ground import retention as keeping
 from llmrec_assets.ground.errors import LlmrecError
 from llmrec_assets.ground.health import Finding, examine
-from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.store import Store
 from llmrec_assets.orchestration.dead_runs import bury_dead_runs, dead_runs
 from llmrec_assets.orchestration.resources import GpuResource, StoreResource
 from llmrec_assets.orchestration.ticks import CRON, missed_ticks
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 KEEP = 5
 
 
-def findings_table(findings: Sequence[Finding]) -> pd.DataFrame:
+def findings_table(findings: Sequence[Finding]) -> "pd.DataFrame":
     """One row a finding."""
+    import pandas as pd
+
     return pd.DataFrame([dataclasses.asdict(finding) for finding in findings])
 
 
@@ -131,6 +135,8 @@ class HealthConfig(dg.Config):
 def examine_home(
     context: dg.OpExecutionContext, config: HealthConfig, storage: StoreResource, gpu: GpuResource
 ) -> None:
+    from llmrec_assets.ground.report import markdown_table
+
     findings = examine_everything(storage.store(), context.instance, gpu, config.repair)
     table = markdown_table(findings_table(findings))
     context.log.info(f"\n{table}")

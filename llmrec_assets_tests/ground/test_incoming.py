@@ -18,7 +18,7 @@ from bad_input import HEADER, INCOMING, BadFile, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec_assets.ground import incoming
+from llmrec_assets.ground import incoming, incoming_files
 from llmrec_assets.ground.errors import DataError
 from llmrec_assets.ground.incoming import merged, take_in
 from llmrec_assets.ground.schemas import RATINGS
@@ -113,7 +113,7 @@ def test_a_bad_file_is_quarantined_with_its_reason_and_the_rest_goes_on(
     taken = take(place)
     assert rows_of(taken) == [(2, 20, 3, T)]
     assert case.said in taken.quarantined["bad.csv"]
-    ((name, reason),) = incoming.quarantined_files(place).items()
+    ((name, reason),) = incoming_files.quarantined_files(place).items()
     assert (place / "quarantine" / name).read_bytes() == case.content
     assert case.said in reason
     assert "bad.csv" in reason and "move the file back to incoming/sample" in reason
@@ -122,7 +122,7 @@ def test_a_bad_file_is_quarantined_with_its_reason_and_the_rest_goes_on(
 def test_a_corrected_file_moved_back_is_taken_in_and_its_reason_goes(place: Path) -> None:
     drop(place, "new.csv", f"{HEADER}1,10,7,{T}\n")
     take(place)
-    ((name, _),) = incoming.quarantined_files(place).items()
+    ((name, _),) = incoming_files.quarantined_files(place).items()
     (place / "quarantine" / name).unlink()
     drop(place, "new.csv", f"{HEADER}1,10,4,{T}\n")
     assert rows_of(take(place)) == [(1, 10, 4, T)]
@@ -136,8 +136,8 @@ def test_files_under_one_name_do_not_overwrite_each_other(place: Path) -> None:
     for movie in (10, 20):
         drop(place, "new.csv", f"{HEADER}1,{movie},5,{T}\n")
         take(place)
-    assert len(incoming.quarantined_files(place)) == 2
-    assert len(incoming.accepted_files(place)) == 2
+    assert len(incoming_files.quarantined_files(place)) == 2
+    assert len(incoming_files.accepted_files(place)) == 2
 
 
 def test_what_is_no_plain_file_or_hidden_is_left(place: Path, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_a_file_that_is_being_written_is_waited_for_and_then_left(
     monkeypatch.setattr(time, "sleep", sleep)
     path.touch()
     assert take(place).left == ["new.csv"]
-    assert 4 < waited[0] <= incoming.SETTLE_SECONDS
+    assert 4 < waited[0] <= incoming_files.SETTLE_SECONDS
     monkeypatch.undo()
-    os.utime(path, (time.time() - incoming.SETTLE_SECONDS,) * 2)
+    os.utime(path, (time.time() - incoming_files.SETTLE_SECONDS,) * 2)
     assert len(take(place).accepted) == 1
 
 
@@ -185,7 +185,7 @@ def test_any_name_is_kept(place: Path, name: str) -> None:
     bad = drop(place, name, f"{HEADER}1,10,9,{T}\n").read_bytes()
     assert len(take(place).quarantined) == 1
     take(place)
-    ((kept, reason),) = incoming.quarantined_files(place).items()
+    ((kept, reason),) = incoming_files.quarantined_files(place).items()
     assert (place / "quarantine" / kept).read_bytes() == bad and "rating" in reason
 
 
@@ -310,7 +310,7 @@ def test_a_kill_loses_nothing_and_counts_nothing_twice(place: Path, at: int, aft
     taken = take(place)
     assert rows_of(taken) == [(1, 10, 5, T), (2, 20, 3, T)]
     assert len(taken.accepted) == 2
-    ((name, reason),) = incoming.quarantined_files(place).items()
+    ((name, reason),) = incoming_files.quarantined_files(place).items()
     assert name.endswith("b.csv") and "rating 9" in reason
     assert len(list((place / "quarantine").iterdir())) == 2
 
@@ -323,7 +323,7 @@ def test_whatever_arrives_is_taken_or_put_aside_whole(
     place = tmp_path_factory.mktemp("place")
     drop(place, "any.csv", prefix.encode() + content)
     taken = take(place)
-    kept = [*incoming.accepted_files(place), *(place / "quarantine").glob("*any.csv")]
+    kept = [*incoming_files.accepted_files(place), *(place / "quarantine").glob("*any.csv")]
     assert [path.read_bytes() for path in kept] == [prefix.encode() + content]
     assert len(taken.accepted) + len(taken.quarantined) == 1
     conform(taken.ratings, RATINGS, "incoming_ratings")

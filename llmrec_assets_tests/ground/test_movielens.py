@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 
 from llmrec_assets.ground import schemas
 from llmrec_assets.ground.errors import DataError
-from llmrec_assets.ground.movielens import FORMATS, read_movies, read_ratings, read_users
+from llmrec_assets.ground.formats import FORMATS
+from llmrec_assets.ground.movielens import read_movies, read_ratings, read_users
 
 
 @pytest.fixture

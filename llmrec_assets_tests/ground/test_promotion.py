@@ -11,9 +11,6 @@ import pytest
 
 from llmrec_assets.ground.errors import DataError, StoreError
 from llmrec_assets.ground.promotion import (
-    CHALLENGER,
-    CHAMPION,
-    TABLE,
     Promotion,
     Side,
     judged,
@@ -30,6 +27,7 @@ from llmrec_assets.ground.promotion import (
 )
 from llmrec_assets.ground.recipes import EvaluationRecipe
 from llmrec_assets.ground.schemas import PROMOTIONS
+from llmrec_assets.ground.stages import CHALLENGER, CHAMPION, CHAMPION_RECORD
 from llmrec_assets.ground.store import Store
 
 NEW = Side("new", "cpu", "dpo", "ranked", 0.2)
@@ -147,7 +145,7 @@ def test_a_row_has_the_columns_of_the_table_and_older_rows_stay(tmp_path: Path) 
         (decide([0.5], before=None), decide([0.1] * 9, [0.5] * 9)), start=1
     ):
         grown = with_row(recorded(store, "sample"), promotion)
-        store.publish_table(TABLE, "sample", grown)
+        store.publish_table(CHAMPION_RECORD, "sample", grown)
         assert len(recorded(store, "sample")) == number
     first, second = recorded(store, "sample").to_dict("records")
     assert (first["decision"], second["decision"]) == ("first", "kept")
@@ -156,8 +154,10 @@ def test_a_row_has_the_columns_of_the_table_and_older_rows_stay(tmp_path: Path) 
 
 def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
     store = Store.at(tmp_path)
-    version = store.publish_table(TABLE, "sample", with_row(recorded(store, "sample"), decide([1])))
-    path = Path(str(store.table_path(TABLE, "sample", version)))
+    version = store.publish_table(
+        CHAMPION_RECORD, "sample", with_row(recorded(store, "sample"), decide([1]))
+    )
+    path = Path(str(store.table_path(CHAMPION_RECORD, "sample", version)))
     path.write_bytes(b"not a table")
     with pytest.raises(StoreError, match=r"record of promotions of sample cannot be read.*current"):
         recorded(store, "sample")
@@ -166,8 +166,12 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
 def test_a_record_whose_pointer_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
     store = Store.at(tmp_path)
     for promotion in (decide([0.5], before=None), decide([0.1] * 9, [0.5] * 9)):
-        store.publish_table(TABLE, "sample", with_row(recorded(store, "sample"), promotion))
-    pointer = Path(str(store.table_path(TABLE, "sample", "any"))).with_name("current.json")
+        store.publish_table(
+            CHAMPION_RECORD, "sample", with_row(recorded(store, "sample"), promotion)
+        )
+    pointer = Path(str(store.table_path(CHAMPION_RECORD, "sample", "any"))).with_name(
+        "current.json"
+    )
     for damage in (lambda: pointer.write_text("{"), pointer.unlink):
         damage()
         with pytest.raises(StoreError, match="record of promotions of sample cannot be read"):

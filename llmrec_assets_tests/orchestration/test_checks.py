@@ -23,12 +23,12 @@ from llmrec_assets.ground.stages import RECOMMENDATION_TABLES
 from llmrec_assets.ground.tables import conform
 from llmrec_assets.ground.windows import interaction_windows as draw_windows
 from llmrec_assets.orchestration import partitions
-from llmrec_assets.orchestration.assets import prompts as prompts_assets
 
 if TYPE_CHECKING:
     from conftest import FinishedRun, Home
 
 DRAWN = ("user_splits", "interaction_windows", "prompts")
+DRAW_WINDOWS = "llmrec_assets.ground.windows.interaction_windows"
 Frames = tuple[Any, ...]
 
 
@@ -135,7 +135,7 @@ def test_a_window_on_the_wrong_side_of_the_global_time_is_blocked(
 ) -> None:
     home, instance = copied
     before = home.current()
-    monkeypatch.setattr(prompts_assets, "draw_windows", planted)
+    monkeypatch.setattr(DRAW_WINDOWS, planted)
     result = home.materialize(instance, *DRAWN)
     failed = [event for event in result.all_events if event.is_step_failure]
     assert [event.step_key for event in failed] == ["interaction_windows"]
@@ -192,35 +192,35 @@ def test_temporal_with_several_windows_a_test_user_reaches_the_metric_table(
     ("called", "planted", "asset", "check", "problem"),
     [
         (
-            "split_users",
+            "splits.split_users",
             in_two_splits,
             "user_splits",
             "no_user_in_two_splits",
             "user 1 stands in 2 splits: test, train",
         ),
         (
-            "draw_windows",
+            "windows.interaction_windows",
             context_from_after_the_cutoff,
             "interaction_windows",
             "no_leak",
             "context holds films rated after the cut-off",
         ),
         (
-            "draw_windows",
+            "windows.interaction_windows",
             ground_truth_from_the_history,
             "interaction_windows",
             "no_leak",
             "is a film of the history",
         ),
         (
-            "draw_windows",
+            "windows.interaction_windows",
             a_test_users_window_among_the_training_windows,
             "interaction_windows",
             "no_leak",
             "split is 'train', the user's is 'test'",
         ),
         (
-            "render_prompts",
+            "prompts.render_prompts",
             a_prompt_with_the_answer,
             "prompts",
             "prompts_show_their_windows_only",
@@ -239,7 +239,7 @@ def test_a_planted_leak_is_blocked(
 ) -> None:
     home, instance = copied
     before = home.current()
-    monkeypatch.setattr(prompts_assets, called, planted)
+    monkeypatch.setattr(f"llmrec_assets.ground.{called}", planted)
     result = home.materialize(instance, *DRAWN, "baseline_recommendations", "sft_checkpoint")
 
     assert not result.success
@@ -390,7 +390,7 @@ def test_the_checks_pass_again_once_the_leak_is_mended(
     home, instance = copied
     before = home.current()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts_assets, "draw_windows", ground_truth_from_the_history)
+        patch.setattr(DRAW_WINDOWS, ground_truth_from_the_history)
         assert not home.materialize(instance, *DRAWN).success
     assert home.materialize(instance, *DRAWN).success
     assert home.current() == before

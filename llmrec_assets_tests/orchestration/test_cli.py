@@ -19,8 +19,8 @@ import dagster as dg
 import pytest
 
 from llmrec_assets import cli
+from llmrec_assets.ground import splits
 from llmrec_assets.ground.store import read_manifest
-from llmrec_assets.orchestration.assets import prompts as prompts_assets
 from llmrec_assets.orchestration.dead_runs import tags_of_this_process
 from llmrec_assets.runs import bury_dead_runs
 
@@ -210,10 +210,10 @@ def test_a_data_set_that_is_not_there_is_a_message_and_no_traceback(
 def test_a_blocked_check_is_a_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], finished: FinishedRun
 ) -> None:
-    split = prompts_assets.split_users
+    split = splits.split_users
     shutil.copytree(finished.home.location, os.environ["LLMREC_HOME"])
     monkeypatch.setattr(
-        prompts_assets,
+        splits,
         "split_users",
         lambda *args: split(*args).assign(split="somewhere"),
     )

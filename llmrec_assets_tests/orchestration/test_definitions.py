@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from conftest import Home
 
 PROJECT = Path(__file__).resolve().parents[2]
-HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "matplotlib", "lenskit"]
+HEAVY = [
+    *("torch", "transformers", "peft", "trl", "datasets", "lenskit"),
+    *("pandas", "duckdb", "rapidfuzz", "matplotlib", "requests"),
+]
 
 STAGES = ("base", "sft", "dpo", "rlhf")
 RECOMMENDATIONS = {f"{stage}_recommendations" for stage in (*STAGES, "baseline")}
@@ -470,7 +473,7 @@ def test_another_store_replaces_the_one_of_the_io_managers_too(tmp_path: Path) -
     assert table_io is not None
 
 
-def test_loading_the_definitions_imports_no_model_library() -> None:
+def test_loading_the_definitions_imports_nothing_that_only_assets_need() -> None:
     script = (
         "import json, sys; import llmrec_assets.definitions; "
         f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"

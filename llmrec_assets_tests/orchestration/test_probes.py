@@ -10,11 +10,11 @@ import dagster as dg
 import pandas as pd
 import pytest
 
+from llmrec_assets.ground import catalogue
 from llmrec_assets.ground.prompts import render_prompts
 from llmrec_assets.ground.recipes import Recipe, load_recipe
 from llmrec_assets.ground.titles import normalise_title
 from llmrec_assets.orchestration import partitions
-from llmrec_assets.orchestration.assets import prompts as prompts_assets
 
 if TYPE_CHECKING:
     from conftest import FinishedRun, Home
@@ -115,7 +115,7 @@ def test_a_planted_real_title_stops_the_prompts(
         frame.loc[row, column] = f"{frame.loc[row, column]} {title}"
         return frame
 
-    monkeypatch.setattr(prompts_assets, "render_prompts", planted)
+    monkeypatch.setattr("llmrec_assets.ground.prompts.render_prompts", planted)
     result = home.materialize(instance, "prompts")
     assert not result.success
     failed = [e.check_name for e in result.get_asset_check_evaluations() if not e.passed]
@@ -126,7 +126,7 @@ def test_a_planted_real_title_stops_the_prompts(
 def test_real_titles_in_the_catalogue_stop_it(invented, monkeypatch: pytest.MonkeyPatch) -> None:
     home, instance = invented
     before = home.current()["catalogue"]
-    monkeypatch.setattr(prompts_assets, "shown_catalogue", lambda movies, *rest: movies)
+    monkeypatch.setattr(catalogue, "shown_catalogue", lambda movies, *rest: movies)
     assert not home.materialize(instance, "catalogue").success
     assert home.current()["catalogue"] == before
 

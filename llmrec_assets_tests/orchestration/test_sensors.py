@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from llmrec_assets.ground import alerts
-from llmrec_assets.ground.incoming import kept_name
+from llmrec_assets.ground.incoming_files import kept_name
 from llmrec_assets.orchestration.alerts import alert_webhook, email_sensor
 from llmrec_assets.orchestration.sensors import new_ratings
 

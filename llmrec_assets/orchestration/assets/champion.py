@@ -2,15 +2,12 @@
 
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-import pandas as pd
 
-from llmrec_assets.ground import promotion as promoting
 from llmrec_assets.ground.errors import DataError
-from llmrec_assets.ground.promotion import CHAMPION, TABLE, Promotion
-from llmrec_assets.ground.report import markdown_table
+from llmrec_assets.ground.stages import CHAMPION, CHAMPION_RECORD
 from llmrec_assets.ground.store import Store
 from llmrec_assets.orchestration.assets.common import (
     CODE_VERSION,
@@ -23,11 +20,15 @@ from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.resources import GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    Frame,
     blocking_checks,
     one_builder,
     table_result,
 )
 from llmrec_assets.orchestration.waiting import show_waiting
+
+if TYPE_CHECKING:
+    from llmrec_assets.ground.promotion import Promotion
 
 GROUP = "champion"
 
@@ -52,9 +53,9 @@ def _out(description: str, name: str, **options: Any) -> dg.AssetOut:
             "directory, for plain transformers and peft.",
             **directory_options(CHAMPION, GROUP, "huggingface", "safetensors"),
         ),
-        TABLE: _out(
+        CHAMPION_RECORD: _out(
             "Every decision about the champion, its numbers and the loser; rows are only added.",
-            **table_options(TABLE, GROUP),
+            **table_options(CHAMPION_RECORD, GROUP),
         ),
     },
     deps=_INPUTS,
@@ -77,6 +78,8 @@ def champion(
     gpu: GpuResource,
 ) -> CheckedResult:
     """Lets a recipe's policy challenge the champion on validation users, or rolls back."""
+    from llmrec_assets.ground import promotion as promoting
+
     store, dataset, run_id = storage.store(), context.partition_key, context.run_id
     if (config.challenger is None) == (config.roll_back_to is None):
         raise DataError(
@@ -117,12 +120,14 @@ def champion(
         yield _in_force(store, dataset, promotion)
 
 
-def _record(table: pd.DataFrame) -> dg.MaterializeResult:
+def _record(table: Frame) -> dg.MaterializeResult:
+    from llmrec_assets.ground.report import markdown_table
+
     latest = dg.MetadataValue.md(markdown_table(table[_SHOWN].tail(10)))
-    return table_result(TABLE, table, {"latest": latest})
+    return table_result(CHAMPION_RECORD, table, {"latest": latest})
 
 
-def _in_force(store: Store, dataset: str, promotion: Promotion | None) -> dg.MaterializeResult:
+def _in_force(store: Store, dataset: str, promotion: "Promotion | None") -> dg.MaterializeResult:
     """The champion, whichever it is, and how it came to that."""
     path = store.checkpoint(CHAMPION, dataset)
     told = {"decision": "nothing to decide"} if promotion is None else asdict(promotion)

@@ -5,15 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 
-from llmrec_assets.ground import beyond, evaluation, recommendations
-from llmrec_assets.ground import comparisons as compare
-from llmrec_assets.ground.answers import baselines_version
-from llmrec_assets.ground.groups import group_metrics as by_group
-from llmrec_assets.ground.groups import user_groups
-from llmrec_assets.ground.recommendations import evaluated_prompts
-from llmrec_assets.ground.report import VALIDITY, markdown_table, readable, readable_pairs
 from llmrec_assets.ground.report_inputs import (
     TABLES,
     TRAININGS,
@@ -21,10 +13,6 @@ from llmrec_assets.ground.report_inputs import (
     self_contained,
     write_report,
 )
-from llmrec_assets.ground.report_page import build_report
-from llmrec_assets.ground.report_sections import forest_png
-from llmrec_assets.ground.score_checks import score_problems
-from llmrec_assets.ground.splits import temporal_split_time
 from llmrec_assets.ground.stages import (
     RECOMMENDATION_TABLES,
     RESPONSE_TABLES,
@@ -48,6 +36,7 @@ from llmrec_assets.orchestration.provenance import note_inputs
 from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    Frame,
     TableResult,
     checked_table_result,
     checkpoint_result,
@@ -65,6 +54,8 @@ _LIST = ["stage", "decoding", "sees"]
 def _current_stages(
     context: dg.AssetExecutionContext, storage: StoreResource, prompts: StoredTable
 ) -> StageTables:
+    from llmrec_assets.ground.answers import baselines_version
+
     version = baselines_version(recipe_of(context).baselines)
     return current_stages(storage.store(), context.partition_key, prompts.version, version)
 
@@ -74,8 +65,10 @@ def _require_current(
     storage: StoreResource,
     prompts: StoredTable,
     name: str,
-    table: pd.DataFrame,
+    table: Frame,
 ) -> None:
+    from llmrec_assets.ground.answers import baselines_version
+
     version = baselines_version(recipe_of(context).baselines)
     partition = context.partition_key
     require_current(table, name, storage.store(), partition, prompts.version, version)
@@ -99,10 +92,13 @@ def user_metrics(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    ratings: Frame,
+    movies: Frame,
 ) -> CheckedResult:
     """NDCG, Precision and Recall per test window, for every stage made from the current prompts."""
+    from llmrec_assets.ground import evaluation
+    from llmrec_assets.ground.score_checks import score_problems
+
     stages = _current_stages(context, storage, prompts)
     note_inputs(context, stages.versions)
     for line in stages.left_out:
@@ -136,6 +132,9 @@ def comparisons(
     user_metrics: StoredTable,
 ) -> TableResult:
     """Paired differences between rows: interval, sign-flip p-value, Holm's correction, power."""
+    from llmrec_assets.ground import comparisons as compare
+    from llmrec_assets.ground.report import markdown_table, readable_pairs
+
     recipe = recipe_of(context)
     _require_current(context, storage, prompts, "user_metrics", user_metrics.frame)
     frame = compare.comparisons(
@@ -151,14 +150,19 @@ def group_metrics(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     prompts: StoredTable,
-    interaction_windows: pd.DataFrame,
-    user_splits: pd.DataFrame,
-    users: pd.DataFrame,
-    ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    interaction_windows: Frame,
+    user_splits: Frame,
+    users: Frame,
+    ratings: Frame,
+    movies: Frame,
     user_metrics: StoredTable,
 ) -> TableResult:
     """NDCG by age, gender, activity and popularity of the ground truth, for every row."""
+    from llmrec_assets.ground.groups import group_metrics as by_group
+    from llmrec_assets.ground.groups import user_groups
+    from llmrec_assets.ground.recommendations import evaluated_prompts
+    from llmrec_assets.ground.splits import temporal_split_time
+
     recipe = recipe_of(context)
     asked = evaluated_prompts(prompts.frame, recipe.evaluation.max_test_users)
     until = temporal_split_time(ratings, recipe.windows)
@@ -183,11 +187,14 @@ def beyond_accuracy(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    movies: Frame,
 ) -> TableResult:
     """Coverage, novelty, diversity, popularity bias, calibration and cost of every row's lists."""
+    from llmrec_assets.ground import beyond
+    from llmrec_assets.ground.splits import temporal_split_time
+
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
     stages = _current_stages(context, storage, prompts)
     answers, versions = answers_behind(store, partition, stages.recommendations)
@@ -217,9 +224,13 @@ def metric_table(
     storage: StoreResource,
     prompts: StoredTable,
     user_metrics: StoredTable,
-    comparisons: pd.DataFrame,
+    comparisons: Frame,
 ) -> TableResult:
     """One row per stage: metrics with bootstrap intervals, paired differences, validity."""
+    from llmrec_assets.ground import evaluation
+    from llmrec_assets.ground.report import VALIDITY, markdown_table, readable
+    from llmrec_assets.ground.report_sections import forest_png
+
     recipe = recipe_of(context)
     _require_current(context, storage, prompts, "user_metrics", user_metrics.frame)
     require_made_from(comparisons, "comparisons", _MADE_FROM, {user_metrics.version})
@@ -266,10 +277,13 @@ def sample_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     prompts: StoredTable,
-    interaction_windows: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    interaction_windows: Frame,
+    catalogue: Frame,
 ) -> TableResult:
     """One test user through the stages, beside the ground truth (paper Table 2)."""
+    from llmrec_assets.ground import recommendations
+    from llmrec_assets.ground.report import markdown_table
+
     recipe = recipe_of(context)
     stages = _current_stages(context, storage, prompts)
     note_inputs(context, stages.versions)
@@ -291,10 +305,11 @@ def sample_recommendations(
 def leave_last_out(
     context: dg.AssetExecutionContext,
     config: RunConfig,
-    ratings: pd.DataFrame,
-    movies: pd.DataFrame,
+    ratings: Frame,
+    movies: Frame,
 ) -> TableResult:
     """Classical recommenders by the sequential literature's protocol: the last film among all."""
+    from llmrec_assets.ground.report import markdown_table
     from llmrec_assets.models.leave_last_out import classical_leave_last_out
 
     recipe = recipe_of(context)
@@ -330,6 +345,8 @@ def report(
     sample_recommendations: StoredTable,
 ) -> CheckedResult:
     """The paper's tables beside ours, one user's lists and the curves, as Markdown and HTML."""
+    from llmrec_assets.ground.report_page import build_report
+
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
     _require_current(context, storage, prompts, "metric_table", metric_table.frame)
     scored = {str(store.current("user_metrics", partition, kind="tables"))}

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 
 from llmrec_assets.ground.model_files import fingerprint
 from llmrec_assets.ground.plots import curves_plot
 from llmrec_assets.ground.recipes import Recipe
-from llmrec_assets.ground.scoring import ResponseScorer
 from llmrec_assets.ground.space import require_space, training_space
 from llmrec_assets.ground.stages import (
     require_checkpoint,
@@ -29,6 +27,7 @@ from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    Frame,
     checkpoint_result,
     curve,
     picture,
@@ -49,7 +48,7 @@ def _trained_on_train(asset: str) -> dg.AssetCheckSpec:
 _TRAIN_ONLY = "trained_on_training_users_only"
 
 
-def _train_only(facts: Mapping[str, Any], user_splits: pd.DataFrame) -> dict[str, list[str]]:
+def _train_only(facts: Mapping[str, Any], user_splits: Frame) -> dict[str, list[str]]:
     return {_TRAIN_ONLY: trained_user_problems(facts.get("trained_user_ids"), user_splits)}
 
 
@@ -88,7 +87,7 @@ def sft_checkpoint(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
+    user_splits: Frame,
     base_model: Path,
 ) -> CheckedResult:
     """LoRA adapter fine-tuned on the training users' ground truth (paper §3.3)."""
@@ -146,7 +145,7 @@ def dpo_checkpoint(
     gpu: GpuResource,
     prompts: StoredTable,
     preference_pairs: StoredTable,
-    user_splits: pd.DataFrame,
+    user_splits: Frame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
@@ -207,7 +206,7 @@ def reward_model(
     gpu: GpuResource,
     prompts: StoredTable,
     preference_pairs: StoredTable,
-    user_splits: pd.DataFrame,
+    user_splits: Frame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
@@ -275,7 +274,7 @@ def rlhf_checkpoint(
     prompts: StoredTable,
     ratings: StoredTable,
     catalogue: StoredTable,
-    user_splits: pd.DataFrame,
+    user_splits: Frame,
     base_model: Path,
     sft_checkpoint: Path,
     reward_model: Path,
@@ -297,6 +296,8 @@ def rlhf_checkpoint(
     }
     scorer = None
     if recipe.rlhf.reward == "ndcg":
+        from llmrec_assets.ground.scoring import ResponseScorer
+
         determinants |= {
             "ratings": ratings.version,
             "catalogue": catalogue.version,

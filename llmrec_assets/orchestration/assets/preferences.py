@@ -3,13 +3,9 @@
 from pathlib import Path
 
 import dagster as dg
-import pandas as pd
 
-from llmrec_assets.ground import preferences as pairs
 from llmrec_assets.ground.errors import StoreError
 from llmrec_assets.ground.plots import histogram
-from llmrec_assets.ground.sampled import engine_version
-from llmrec_assets.ground.scoring import ResponseScorer
 from llmrec_assets.ground.stages import require_checkpoint, require_sampled_from
 from llmrec_assets.ground.store import Store, StoredTable, checkpoint_version
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
@@ -20,6 +16,7 @@ from llmrec_assets.orchestration.provenance import keep_provenance
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    Frame,
     checked_table_result,
     one_builder,
     picture,
@@ -40,6 +37,8 @@ def sampled_responses(
     sft_checkpoint: Path,
 ) -> CheckedResult:
     """Distinct samples of the SFT policy for training and validation prompts (paper §3.4)."""
+    from llmrec_assets.ground.sampled import engine_version
+
     recipe, store, partition = recipe_of(context), storage.store(), context.partition_key
     on_sft = {"base_model": base_model.name, "prompts": prompts.version}
     require_checkpoint(base_model, "base_model", recipe.name, {})
@@ -112,14 +111,17 @@ def _published(store: Store, partition: str, version: str) -> StoredTable | None
 def preference_pairs(
     context: dg.AssetExecutionContext,
     config: RunConfig,
-    sampled_responses: pd.DataFrame,
+    sampled_responses: Frame,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
-    user_splits: pd.DataFrame,
+    ratings: Frame,
+    catalogue: Frame,
+    user_splits: Frame,
     sft_checkpoint: Path,
 ) -> CheckedResult:
     """Samples compared by NDCG@k: the better is chosen, ties are dropped (paper §3.4)."""
+    from llmrec_assets.ground import preferences as pairs
+    from llmrec_assets.ground.scoring import ResponseScorer
+
     recipe = recipe_of(context)
     require_sampled_from(sampled_responses, sft_checkpoint.name, prompts.version)
     scorer = ResponseScorer(

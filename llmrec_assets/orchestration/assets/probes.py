@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 
-from llmrec_assets.ground.memorisation import (
-    memorisation_questions,
-    memorisation_table,
-    read_source_rows,
-)
-from llmrec_assets.ground.report import markdown_table
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
@@ -20,7 +13,7 @@ from llmrec_assets.orchestration.partitions import dataset_of, recipe_of, run_pa
 from llmrec_assets.orchestration.progress import report_progress
 from llmrec_assets.orchestration.provenance import made_before
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
-from llmrec_assets.orchestration.results import TableResult, table_result
+from llmrec_assets.orchestration.results import Frame, TableResult, table_result
 
 GROUP = "evaluation"
 
@@ -35,9 +28,11 @@ def memorisation(
     base_model: Path,
 ) -> TableResult:
     """Does the base model complete MovieLens' own rows? Beside a control and a guess."""
+    from llmrec_assets.ground.report import markdown_table
+
     recipe, store = recipe_of(context), storage.store()
 
-    def result(frame: pd.DataFrame, facts: Mapping[str, Any]) -> TableResult:
+    def result(frame: Frame, facts: Mapping[str, Any]) -> TableResult:
         table = dg.MetadataValue.md(markdown_table(frame.drop(columns=["checkpoint_version"])))
         shown = {"table": table, "base_model": recipe.base_model.label, **facts}
         return table_result("memorisation", frame, shown)
@@ -47,6 +42,11 @@ def memorisation(
 
     if (before := made()) is not None:
         return result(before.frame, {"reused": True})
+    from llmrec_assets.ground.memorisation import (
+        memorisation_questions,
+        memorisation_table,
+        read_source_rows,
+    )
     from llmrec_assets.models.memorisation import continue_rows
 
     rows = read_source_rows(movielens_files, dataset_of(context))

@@ -1,21 +1,12 @@
 """Group ``prompts``: from ratings to what the model is asked and should answer."""
 
 import dagster as dg
-import pandas as pd
 
 from llmrec_assets.ground import leaks
-from llmrec_assets.ground.catalogue import (
-    catalogue_problems,
-    real_title_problems,
-    shown_catalogue,
-)
-from llmrec_assets.ground.prompts import render_prompts
-from llmrec_assets.ground.splits import split_users, temporal_split_time
-from llmrec_assets.ground.windows import interaction_windows as draw_windows
 from llmrec_assets.orchestration.assets.common import table_options
 from llmrec_assets.orchestration.config import RunConfig
 from llmrec_assets.orchestration.partitions import recipe_of, run_partitions
-from llmrec_assets.orchestration.results import CheckedResult, checked_table_result
+from llmrec_assets.orchestration.results import CheckedResult, Frame, checked_table_result
 
 GROUP = "prompts"
 
@@ -33,9 +24,11 @@ GROUP = "prompts"
     ],
 )
 def user_splits(
-    context: dg.AssetExecutionContext, config: RunConfig, users: pd.DataFrame
+    context: dg.AssetExecutionContext, config: RunConfig, users: Frame
 ) -> CheckedResult:
     """70/15/15 by user through a seeded stable hash: a new user never moves an old one."""
+    from llmrec_assets.ground.splits import split_users
+
     recipe = recipe_of(context)
     frame = split_users(users["user_id"], recipe.splits, config.seed_of(recipe))
     yield from checked_table_result(
@@ -59,8 +52,10 @@ def user_splits(
         )
     ],
 )
-def catalogue(context: dg.AssetExecutionContext, movies: pd.DataFrame) -> CheckedResult:
+def catalogue(context: dg.AssetExecutionContext, movies: Frame) -> CheckedResult:
     """Films under the titles that models read and write: the real ones, or invented ones."""
+    from llmrec_assets.ground.catalogue import catalogue_problems, shown_catalogue
+
     recipe = recipe_of(context)
     # The recipe's own seed: a seed override redraws users and windows, not the films' names.
     frame = shown_catalogue(movies, recipe.prompts, recipe.seed)
@@ -89,11 +84,14 @@ def catalogue(context: dg.AssetExecutionContext, movies: pd.DataFrame) -> Checke
 def interaction_windows(
     context: dg.AssetExecutionContext,
     config: RunConfig,
-    ratings: pd.DataFrame,
-    movies: pd.DataFrame,
-    user_splits: pd.DataFrame,
+    ratings: Frame,
+    movies: Frame,
+    user_splits: Frame,
 ) -> CheckedResult:
     """Per user: a drawn valid cut-off, the last films up to it and the next liked (paper §3.2)."""
+    from llmrec_assets.ground.splits import temporal_split_time
+    from llmrec_assets.ground.windows import interaction_windows as draw_windows
+
     recipe = recipe_of(context)
     canonical = movies[["movie_id", "canonical_movie_id"]]
     frame = draw_windows(
@@ -138,12 +136,15 @@ def interaction_windows(
 )
 def prompts(
     context: dg.AssetExecutionContext,
-    interaction_windows: pd.DataFrame,
-    users: pd.DataFrame,
-    movies: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    interaction_windows: Frame,
+    users: Frame,
+    movies: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
     """The user message per window, and the completion SFT learns (paper Figure 2)."""
+    from llmrec_assets.ground.catalogue import real_title_problems
+    from llmrec_assets.ground.prompts import render_prompts
+
     recipe = recipe_of(context)
     frame = render_prompts(interaction_windows, users, catalogue, recipe.prompts, recipe.windows)
     problems = leaks.prompt_problems(frame, interaction_windows, catalogue)

@@ -3,15 +3,7 @@
 from pathlib import Path
 
 import dagster as dg
-import pandas as pd
 
-from llmrec_assets.ground.answers import (
-    answer_versions,
-    constrained_problems,
-    ground_responses,
-    parsing_problems,
-    validity,
-)
 from llmrec_assets.ground.stages import policy_problems, response_problems
 from llmrec_assets.ground.store import StoredTable
 from llmrec_assets.orchestration.assets.common import CODE_VERSION, table_options
@@ -22,6 +14,7 @@ from llmrec_assets.orchestration.provenance import made_before
 from llmrec_assets.orchestration.resources import GPU_POOL, GpuResource, StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    Frame,
     TableResult,
     blocking_checks,
     checked_table_result,
@@ -68,9 +61,9 @@ def _answer(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    catalogue: Frame,
     stage: str,
     base_model: Path,
     *adapters: Path,
@@ -90,6 +83,7 @@ def _answer(
         yield from blocking_checks(f"{stage}_responses", {_PROPOSED: []})
         yield reused(before)
         return
+    from llmrec_assets.ground.answers import answer_versions
     from llmrec_assets.models.answers import answer_test_prompts
     from llmrec_assets.models.classical_lists import ease_candidates
 
@@ -147,9 +141,9 @@ def base_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    catalogue: Frame,
     base_model: Path,
 ) -> CheckedResult:
     """What the base model answers to the test prompts, raw."""
@@ -170,9 +164,9 @@ def sft_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    catalogue: Frame,
     base_model: Path,
     sft_checkpoint: Path,
 ) -> CheckedResult:
@@ -204,9 +198,9 @@ def dpo_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    catalogue: Frame,
     base_model: Path,
     sft_checkpoint: Path,
     dpo_checkpoint: Path,
@@ -240,9 +234,9 @@ def rlhf_responses(
     storage: StoreResource,
     gpu: GpuResource,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    catalogue: Frame,
     base_model: Path,
     sft_checkpoint: Path,
     rlhf_checkpoint: Path,
@@ -310,11 +304,18 @@ def _ground(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
     stage: str,
-    responses: pd.DataFrame,
+    responses: Frame,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    ratings: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
+    from llmrec_assets.ground.answers import (
+        constrained_problems,
+        ground_responses,
+        parsing_problems,
+        validity,
+    )
+
     recipe = recipe_of(context)
     problems = response_problems(
         responses, stage, storage.store(), context.partition_key, prompts.version
@@ -336,10 +337,10 @@ def _ground(
 def base_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    base_responses: pd.DataFrame,
+    base_responses: Frame,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    ratings: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
     """The base model's answers parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "base", base_responses, prompts, ratings, catalogue)
@@ -353,10 +354,10 @@ def base_recommendations(
 def sft_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    sft_responses: pd.DataFrame,
+    sft_responses: Frame,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    ratings: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
     """The fine-tuned model's answers parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "sft", sft_responses, prompts, ratings, catalogue)
@@ -370,10 +371,10 @@ def sft_recommendations(
 def dpo_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    dpo_responses: pd.DataFrame,
+    dpo_responses: Frame,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    ratings: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
     """The answers after DPO parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "dpo", dpo_responses, prompts, ratings, catalogue)
@@ -387,10 +388,10 @@ def dpo_recommendations(
 def rlhf_recommendations(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    rlhf_responses: pd.DataFrame,
+    rlhf_responses: Frame,
     prompts: StoredTable,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    ratings: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
     """The answers after RLHF parsed and grounded to the catalogue, k slots a window."""
     yield from _ground(context, storage, "rlhf", rlhf_responses, prompts, ratings, catalogue)
@@ -421,11 +422,12 @@ def baseline_recommendations(
     context: dg.AssetExecutionContext,
     config: RunConfig,
     prompts: StoredTable,
-    user_splits: pd.DataFrame,
-    ratings: pd.DataFrame,
-    catalogue: pd.DataFrame,
+    user_splits: Frame,
+    ratings: Frame,
+    catalogue: Frame,
 ) -> CheckedResult:
     """Popularity, ItemKNN, EASE, implicit ALS and SASRec for the same test windows."""
+    from llmrec_assets.ground.answers import validity
     from llmrec_assets.models.classical_lists import classical_lists
 
     recipe = recipe_of(context)

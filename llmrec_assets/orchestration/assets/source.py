@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import dagster as dg
-import pandas as pd
 
-from llmrec_assets.ground import incoming, movielens, sources
+from llmrec_assets.ground import incoming_files
 from llmrec_assets.orchestration.assets.common import (
     CODE_VERSION,
     RATINGS_FRESH,
@@ -17,6 +16,7 @@ from llmrec_assets.orchestration.partitions import dataset_of, dataset_partition
 from llmrec_assets.orchestration.resources import StoreResource
 from llmrec_assets.orchestration.results import (
     CheckedResult,
+    Frame,
     TableResult,
     checkpoint_result,
     table_result,
@@ -37,6 +37,8 @@ def movielens_files(
     context: dg.AssetExecutionContext, config: ForceConfig, storage: StoreResource
 ) -> CheckedResult:
     """The original files: the user's own, an earlier download, or the official archive."""
+    from llmrec_assets.ground import movielens, sources
+
     store, dataset = storage.store(), dataset_of(context)
     found = sources.locate(
         dataset,
@@ -62,6 +64,8 @@ def movielens_files(
 @dg.asset(**table_options("movies", GROUP), partitions_def=dataset_partitions)
 def movies(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResult:
     """Films: title, year, release date, genres, and the canonical id of titles under two ids."""
+    from llmrec_assets.ground import movielens
+
     frame = movielens.read_movies(movielens_files, dataset_of(context))
     second_ids = int((frame["movie_id"] != frame["canonical_movie_id"]).sum())
     return table_result("movies", frame, {"titles_under_two_ids": second_ids})
@@ -70,6 +74,8 @@ def movies(context: dg.AssetExecutionContext, movielens_files: Path) -> TableRes
 @dg.asset(**table_options("users", GROUP), partitions_def=dataset_partitions)
 def users(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResult:
     """User profiles: age or age band, gender, occupation, ZIP code, city and state (paper §3.1)."""
+    from llmrec_assets.ground import movielens
+
     frame = movielens.read_users(movielens_files, dataset_of(context))
     placed = float(frame["city"].notna().mean())
     return table_result("users", frame, {"share_with_a_place": placed})
@@ -90,17 +96,19 @@ def users(context: dg.AssetExecutionContext, movielens_files: Path) -> TableResu
 def incoming_ratings(
     context: dg.AssetExecutionContext,
     storage: StoreResource,
-    users: pd.DataFrame,
-    movies: pd.DataFrame,
+    users: Frame,
+    movies: Frame,
 ) -> CheckedResult:
     """Ratings that arrived as files in incoming/<data set>: merged, one per user and film."""
+    from llmrec_assets.ground import incoming
+
     dataset = dataset_of(context)
     place = storage.incoming_directory(dataset)
     taken = incoming.take_in(place, dataset, users, movies, context.log.info)
     for name in taken.left:
         why = "no plain file, a strange name, or still being written"
         context.log.warning(f"left in {place}: {name} ({why})")
-    quarantined = incoming.quarantined_files(place)
+    quarantined = incoming_files.quarantined_files(place)
     yield dg.AssetCheckResult(
         check_name=NOTHING_QUARANTINED,
         passed=not quarantined,
@@ -113,7 +121,7 @@ def incoming_ratings(
         {
             "place": dg.MetadataValue.path(str(place)),
             "accepted_files": len(taken.accepted),
-            FINGERPRINT: incoming.fingerprint(taken.accepted),
+            FINGERPRINT: incoming_files.fingerprint(taken.accepted),
             "quarantined_files": len(quarantined),
             "left": taken.left or "nothing",
         },
@@ -128,11 +136,13 @@ def incoming_ratings(
 def ratings(
     context: dg.AssetExecutionContext,
     movielens_files: Path,
-    users: pd.DataFrame,
-    movies: pd.DataFrame,
-    incoming_ratings: pd.DataFrame,
+    users: Frame,
+    movies: Frame,
+    incoming_ratings: Frame,
 ) -> TableResult:
     """Ratings, 1 to 5 stars with their time; every user and movie id is known."""
+    from llmrec_assets.ground import incoming, movielens
+
     original = movielens.read_ratings(movielens_files, dataset_of(context), users, movies)
     frame = incoming.merged([original, incoming_ratings])
     return table_result(
