@@ -17,11 +17,14 @@ from typing import Any
 
 import dagster as dg
 
-#: What the server of a run's steps imports before the first: the definitions,
+from llmrec_assets.orchestration.resources import GPU_POOL
+
+#: What the server of a run's steps imports before the first: the definitions and the ground floor,
 DEFINITIONS = "llmrec_assets.preload"
 #: and what models need, before a run that trains or answers, where forking is safe with it.
 MODELS = "llmrec_assets.preload_models"
-_JOBS_WITH_MODELS = ("recommender", "supervised")
+#: Steps that need them without the device: LensKit imports PyTorch.
+_FITTING = {"baseline_recommendations", "leave_last_out"}
 #: Longest name of a directory for temporary files in which the server's socket has a place.
 _LONGEST = 70
 
@@ -31,22 +34,26 @@ def forks() -> bool:
     return sys.platform == "linux" and len(tempfile.gettempdir()) <= _LONGEST
 
 
-def preloaded(job_name: str) -> list[str]:
-    """Modules that the server of a run of this job imports."""
+def uses_models(job: dg.JobDefinition) -> bool:
+    """Whether a step of the job, of those selected, trains, answers or fits."""
+    return any(GPU_POOL in node.definition.pools or node.name in _FITTING for node in job.nodes)
+
+
+def preloaded(with_models: bool) -> list[str]:
+    """Modules that the server of a run imports."""
     # Who counts the cards of a machine, as libraries may at import, cannot fork and use one.
     # A build of PyTorch for CPUs alone never does.
     cpu_only = importlib.metadata.version("torch").endswith("+cpu")
-    models = job_name in _JOBS_WITH_MODELS and cpu_only
-    return [DEFINITIONS, MODELS] if models else [DEFINITIONS]
+    return [DEFINITIONS, MODELS] if with_models and cpu_only else [DEFINITIONS]
 
 
-def forking(config: dict[str, Any], job_name: str) -> dict[str, Any]:
+def forking(config: dict[str, Any], with_models: bool) -> dict[str, Any]:
     """``config`` of Dagster's default executor, with steps forked unless it says otherwise or they
     cannot be."""
     steps = config.get("multiprocess")
     if steps is None or steps.get("start_method") or not forks():
         return config
-    start_method = {"forkserver": {"preload_modules": preloaded(job_name)}}
+    start_method = {"forkserver": {"preload_modules": preloaded(with_models)}}
     return {**config, "multiprocess": {**steps, "start_method": start_method}}
 
 
@@ -59,5 +66,6 @@ def step_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
     """Dagster's default executor; the processes of steps are forked from a server of the run."""
     default = dg.multi_or_in_process_executor.executor_creation_fn
     assert default is not None
-    config = forking(dict(init_context.executor_config), init_context.job.get_definition().name)
+    with_models = uses_models(init_context.job.get_definition())
+    config = forking(dict(init_context.executor_config), with_models)
     return default(init_context._replace(executor_config=config))

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 
@@ -17,10 +18,10 @@ from llmrec_assets.orchestration import executor
 CASE = Path(__file__).with_name("executor_case.py")
 
 
-def _start(directory: Path, name: str) -> subprocess.Popen:
+def _start(directory: Path, name: str, *selected: str) -> subprocess.Popen:
     (directory / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
     return subprocess.Popen(
-        [sys.executable, CASE, directory, name],
+        [sys.executable, CASE, directory, name, *selected],
         cwd=CASE.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,7 +51,9 @@ def test_steps_are_forked_from_one_server_with_the_definitions(tmp_path: Path) -
     assert run.returncode == 0, err[-3000:]
     lines = [line.split(", ") for line in out.splitlines()]
     assert len(lines) == 2
-    assert {tuple(line[1:]) for line in lines} == {("definitions True", "models False")}
+    assert {tuple(line[1:]) for line in lines} == {
+        ("definitions True", "ground True", "models False")
+    }
     steps, servers = zip(
         *[line[0].removeprefix("step ").split(" of ") for line in lines], strict=True
     )
@@ -65,8 +68,19 @@ def test_models_are_there_and_compute_in_forked_steps(tmp_path: Path) -> None:
     out, err = run.communicate(timeout=200)
     assert run.returncode == 0, err[-3000:]
     lines = [line.split(", ")[1:] for line in out.splitlines()]
-    preloaded = executor.MODELS in executor.preloaded("recommender")
+    preloaded = executor.MODELS in executor.preloaded(with_models=True)
     assert lines == [[f"loaded {preloaded}", "found 1"]] * 2
+
+
+@pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
+@pytest.mark.parametrize("asset", ["without_a_model", "with_a_model"])
+def test_a_run_of_some_assets_imports_models_for_those_alone(tmp_path: Path, asset: str) -> None:
+    run = _start(tmp_path, "both", asset)
+    out, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err[-3000:]
+    (line,) = out.splitlines()
+    models = asset == "with_a_model" and executor.MODELS in executor.preloaded(with_models=True)
+    assert line.endswith(f"models {models}")
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
@@ -99,7 +113,7 @@ def test_a_killed_run_takes_its_steps_and_their_server_along(tmp_path: Path) -> 
 
 def test_where_steps_cannot_be_forked_they_are_started_afresh(monkeypatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp/" + "long" * 20)
-    assert executor.forking({"multiprocess": {}}, "recommender") == {"multiprocess": {}}
+    assert executor.forking({"multiprocess": {}}, with_models=True) == {"multiprocess": {}}
 
 
 @pytest.mark.skipif(not executor.forks(), reason="steps are not forked here")
@@ -112,7 +126,7 @@ def test_where_steps_cannot_be_forked_they_are_started_afresh(monkeypatch) -> No
     ],
 )
 def test_what_a_run_asks_for_is_kept(asked: dict, start_method: str | None) -> None:
-    found = executor.forking(asked, "evaluation")
+    found = executor.forking(asked, with_models=False)
     assert list(found) == list(asked)
     if start_method:
         steps = found["multiprocess"]
@@ -121,20 +135,31 @@ def test_what_a_run_asks_for_is_kept(asked: dict, start_method: str | None) -> N
 
 
 @pytest.mark.parametrize(
-    ("job", "build", "models"),
+    ("job", "selected", "build", "models"),
     [
-        ("recommender", "2.13.0+cpu", True),
-        ("supervised", "2.13.0+cpu", True),
-        ("source_data", "2.13.0+cpu", False),
-        ("recommender", "2.13.0+cu130", False),  # a server that counted its cards could not fork
-        ("recommender", "2.13.0", False),
+        ("recommender", None, "2.13.0+cpu", True),
+        ("supervised", None, "2.13.0+cpu", True),
+        ("recommender", ["sft_checkpoint", "prompts"], "2.13.0+cpu", True),
+        ("recommender", ["baseline_recommendations"], "2.13.0+cpu", True),
+        ("recommender", ["prompts", "metric_table"], "2.13.0+cpu", False),
+        ("evaluation", None, "2.13.0+cpu", False),
+        ("source_data", None, "2.13.0+cpu", False),
+        ("recommender", None, "2.13.0+cu130", False),  # one that counted its cards cannot fork
+        ("recommender", None, "2.13.0", False),
     ],
 )
 def test_models_are_imported_beforehand_where_that_pays_and_is_safe(
-    monkeypatch: pytest.MonkeyPatch, job: str, build: str, models: bool
+    monkeypatch: pytest.MonkeyPatch,
+    job: str,
+    selected: list[str] | None,
+    build: str,
+    models: bool,
 ) -> None:
+    run = defs.resolve_job_def(job)
+    if selected is not None:
+        run = run.get_subset(asset_selection={dg.AssetKey(name) for name in selected})
     monkeypatch.setattr("importlib.metadata.version", lambda name: build)
-    found = executor.preloaded(job)
+    found = executor.preloaded(executor.uses_models(run))
     assert found[0] == executor.DEFINITIONS
     assert (executor.MODELS in found) == models
     for name in found:
