@@ -18,17 +18,18 @@ import pandas as pd
 from llmrec_assets.ground.recipes import HYBRID, GenerationRecipe
 from llmrec_assets.ground.recommendations import WINDOW_KEY, evaluated_prompts, seen_sets
 from llmrec_assets.ground.recommender import Candidates
+from llmrec_assets.models.chat import prompt_ids
 from llmrec_assets.models.constrained import require_films
 from llmrec_assets.models.device import Device, peak_memory_gb, usable_dtype
 from llmrec_assets.models.generation import (
+    Answerer,
     Lists,
-    Response,
+    answer_in_batches,
     fitting_batches,
-    generate_responses,
-    ranked_responses,
+    ranked_answers,
+    sampled_answers,
 )
 from llmrec_assets.models.loading import load_policy
-from llmrec_assets.models.memory import FittingBatches
 from llmrec_assets.models.packed import pack
 from llmrec_assets.models.progress import Progress, silent
 from llmrec_assets.models.trie import catalogue_tries
@@ -105,7 +106,7 @@ def answer_prompts(
     candidates: Candidates | None = None,
     progress: Progress = silent,
 ) -> Answers:
-    """Answers every prompt, once by each of the recipe's ``rows``.
+    """Answers every prompt, once by each of the recipe's ``rows``; it is computed once for all.
 
     All but ``free`` leave out every film rated by the window's cut-off, as a deployed catalogue
     filter would; the prompt is the same. The hybrid ranks all of a window's candidates, no beam
@@ -146,43 +147,26 @@ def answer_prompts(
             require_films(tries, name, titles)
         return Lists(tries, names, opened)
 
-    lists_of = {decoding: lists(decoding) for decoding in recipe.rows if decoding != "free"}
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts["prompt"]]
 
-    def answers(decoding: str, batches: FittingBatches) -> list[Response]:
-        asked = prompts["prompt"].tolist()
+    def answerer(decoding: str) -> Answerer:
         if decoding in ("ranked", HYBRID):
-            return ranked_responses(
-                model,
-                tokenizer,
-                asked,
-                recipe,
-                lists_of[decoding],
-                exact=decoding == HYBRID,
-                what=batches.what,
-                batches=batches,
-                progress=progress,
-            )
-        return generate_responses(
-            model,
-            tokenizer,
-            asked,
-            recipe,
-            seed=seed,
-            keys=keys,
-            lists=lists_of.get(decoding),
-            what=batches.what,
-            batches=batches,
-            progress=progress,
+            exact = decoding == HYBRID
+            return ranked_answers(model, tokenizer, asked, recipe, lists(decoding), exact=exact)
+        constraint = None if decoding == "free" else lists(decoding)
+        return sampled_answers(
+            model, tokenizer, asked, recipe, seed=seed, keys=keys, lists=constraint
         )
+
+    answerers = {decoding: answerer(decoding) for decoding in recipe.rows}
+    batches = fitting_batches(model, recipe, f"{stage} responses", progress)
+    answered = answer_in_batches(model, tokenizer, asked, answerers, batches)
+    n_prompts = max(len(asked), 1)
 
     frames: list[pd.DataFrame] = []
     scores: list[tuple[float, ...]] = []
-    costs: dict[str, float] = {}
-    for decoding in recipe.rows:
-        begun = time.monotonic()
-        batches = fitting_batches(model, recipe, f"{stage} responses, {decoding}", progress)
-        responses = answers(decoding, batches)
-        seconds = time.monotonic() - begun
+    costs: dict[str, float] = {"prefill_seconds_per_prompt": round(answered.prefill / n_prompts, 3)}
+    for decoding, responses in answered.responses.items():
         frame = prompts[WINDOW_KEY].reset_index(drop=True)
         frame["stage"] = stage
         frame["decoding"] = decoding
@@ -197,10 +181,9 @@ def answer_prompts(
         scores += [r.log_probabilities for r in responses]
         n_tokens = int(frame["n_response_tokens"].sum())
         costs |= {
-            f"{decoding}_seconds_per_prompt": round(seconds / max(len(frame), 1), 3),
-            f"{decoding}_tokens_per_prompt": round(n_tokens / max(len(frame), 1), 1),
+            f"{decoding}_seconds_per_prompt": round(answered.seconds[decoding] / n_prompts, 3),
+            f"{decoding}_tokens_per_prompt": round(n_tokens / n_prompts, 1),
             f"{decoding}_share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
-            **({f"{decoding}_prompts_at_once": batches.size or 0} if batches.halved else {}),
         }
     frame = pd.concat(frames, ignore_index=True)
     return Answers(
@@ -209,6 +192,7 @@ def answer_prompts(
             "seconds": round(time.monotonic() - started, 1),
             "mean_prompt_tokens": float(frame["n_prompt_tokens"].mean()) if len(frame) else 0.0,
             **costs,
+            **({"prompts_at_once": batches.size} if batches.halved else {}),
             "peak_memory_gb": round(peak_memory_gb(device), 2),
             "device": device.name,
         },

@@ -1,18 +1,18 @@
 """Answers to prompts, as raw text.
 
-What belongs here: one answer per prompt, in batches, by one of the decodings: free text or a
-constrained list (``generate_responses``), or a ranking of titles (``ranked_responses``). What does
-not: the token loop (``sampling``), the constraint (``constrained``), the beam search (``ranked``),
-reading the answers (``ground.completions``, ``ground.grounding``): raw text is kept, so a better
-parser re-scores without a GPU.
+What belongs here: one answer per prompt and decoding, in batches: free text or a constrained list
+(``sampled_answers``), or a ranking of titles (``ranked_answers``). What does not: the token loop
+(``sampling``), the constraint (``constrained``), the beam search (``ranked``), reading the answers
+(``ground.completions``, ``ground.grounding``): raw text is kept, so a better parser re-scores
+without a GPU.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +22,11 @@ from llmrec_assets.models.chat import prompt_ids, stop_ids
 from llmrec_assets.models.constrained import CatalogueConstraint, ListGrammar
 from llmrec_assets.models.loading import precision
 from llmrec_assets.models.memory import FittingBatches
+from llmrec_assets.models.prefill import Prefill, prefill
 from llmrec_assets.models.progress import Progress, ProgressEvent, silent
-from llmrec_assets.models.ranked import Ranking, rank_titles
-from llmrec_assets.models.sampling import Decoding, Sample, sample_tokens, stream
+from llmrec_assets.models.ranked import rank_titles
+from llmrec_assets.models.sampling import Decoding, sample_tokens, stream
 from llmrec_assets.models.trie import CatalogueTries
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -56,39 +55,37 @@ class Response:
     log_probabilities: tuple[float, ...] = ()
 
 
-def generate_responses(
+#: Answers the prompts at these positions, which have been computed.
+Answerer = Callable[[Sequence[int], Prefill], list[Response]]
+
+
+def sampled_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    asked: Sequence[Sequence[int]],
     recipe: GenerationRecipe,
     *,
     seed: int,
     keys: Sequence[tuple[int, int]] | None = None,
     lists: Lists | None = None,
-    what: str = "generation",
-    batches: FittingBatches | None = None,
-    progress: Progress = silent,
-) -> list[Response]:
-    """One response per prompt, in the order of ``prompts``.
+) -> Answerer:
+    """Sampled text, one answer a prompt.
 
-    Prompts of similar length share a batch (left padding costs compute). A sampled response's noise
-    is named by ``seed`` and the prompt's key alone: the batch changes nothing, and every model
-    answers a prompt with the same noise (common random numbers), which sharpens paired differences
-    between stages. Greedy decoding needs neither.
+    The noise of an answer is named by ``seed`` and the prompt's key alone: the batch changes
+    nothing, and every model answers a prompt with the same noise (common random numbers), which
+    sharpens paired differences between stages. Greedy decoding needs neither.
 
     Args:
+        asked: the prompts' token ids.
         keys: (user, window) of each prompt; by default its position.
         lists: constrains every response to a list of distinct open titles, drawn as the recipe
             says but for ``max_new_tokens``: no list is cut. None: free text.
-        batches: how many at once (``fitting_batches``).
 
     Raises:
-        ModelError: a prompt has too few open titles; nothing has been generated then.
-        OutOfMemoryError: the device cannot hold even one prompt.
+        ModelError: a prompt has too few open titles.
     """
     if keys is None:
-        keys = [(position, 0) for position in range(len(prompts))]
-    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+        keys = [(position, 0) for position in range(len(asked))]
     streams = [[stream(seed, "response", *key)] for key in keys]
     stops = stop_ids(tokenizer, model)
     decoding = Decoding(
@@ -102,85 +99,162 @@ def generate_responses(
         grammar = ListGrammar(lists.tries)
         starts = [grammar.start(*row) for row in zip(lists.names, lists.open_titles, strict=True)]
 
-    def answered(batch: Sequence[int]) -> list[list[Sample]]:
+    def answered(batch: Sequence[int], prefilled: Prefill) -> list[Response]:
         constraint = None
         if lists is not None:
             constraint = CatalogueConstraint(grammar, [starts[i] for i in batch])
-        with precision(model):
-            return sample_tokens(
-                model,
-                [asked[i] for i in batch],
-                [streams[i] for i in batch],
-                decoding,
-                stops=stops,
-                pad=tokenizer.pad_token_id,
-                constraint=constraint,
-            )
-
-    responses: dict[int, Response] = {}
-    batches = batches or fitting_batches(model, recipe, what, progress)
-    for batch, answers in _batches(asked, batches, answered, what, progress):
-        for index, (answer,) in zip(batch, answers, strict=True):
-            responses[index] = Response(
+        answers = sample_tokens(
+            model,
+            [asked[i] for i in batch],
+            [streams[i] for i in batch],
+            decoding,
+            stops=stops,
+            pad=tokenizer.pad_token_id,
+            constraint=constraint,
+            prefilled=prefilled,
+        )
+        return [
+            Response(
                 text=tokenizer.decode(answer.tokens, skip_special_tokens=True),
                 n_prompt_tokens=len(asked[index]),
                 n_response_tokens=len(answer.tokens),
                 finished=answer.stop is not None,
             )
-    return [responses[i] for i in range(len(prompts))]
+            for index, (answer,) in zip(batch, answers, strict=True)
+        ]
+
+    return answered
 
 
-def ranked_responses(
+def ranked_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    asked: Sequence[Sequence[int]],
     recipe: GenerationRecipe,
     lists: Lists,
     *,
     exact: bool = False,
-    what: str = "ranking",
-    batches: FittingBatches | None = None,
-    progress: Progress = silent,
-) -> list[Response]:
+) -> Answerer:
     """Per prompt its k most probable open titles, written as an answer would be.
 
     Args:
+        asked: the prompts' token ids.
         exact: a beam for every open title, for where few are; else the recipe's ``beams``.
-        batches: how many at once (``fitting_batches``).
-
-    Raises:
-        ModelError: a prompt has too few open titles.
-        OutOfMemoryError: the device cannot hold even one prompt.
     """
-    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
 
-    def ranked(batch: Sequence[int]) -> list[Ranking]:
+    def ranked(batch: Sequence[int], prefilled: Prefill) -> list[Response]:
         beams = recipe.beams
         if exact:
             beams = max(lists.tries.k, *(int(lists.open_titles[i].sum()) for i in batch))
-        with precision(model):
-            return rank_titles(
-                model,
-                [asked[i] for i in batch],
-                [lists.names[i] for i in batch],
-                [lists.open_titles[i] for i in batch],
-                lists.tries,
-                beams=beams,
-                pad=tokenizer.pad_token_id,
-            )
-
-    responses: dict[int, Response] = {}
-    batches = batches or fitting_batches(model, recipe, what, progress)
-    for batch, rankings in _batches(asked, batches, ranked, what, progress):
-        for index, ranking in zip(batch, rankings, strict=True):
-            responses[index] = Response(
+        rankings = rank_titles(
+            model,
+            [asked[i] for i in batch],
+            [lists.names[i] for i in batch],
+            [lists.open_titles[i] for i in batch],
+            lists.tries,
+            beams=beams,
+            pad=tokenizer.pad_token_id,
+            prefilled=prefilled,
+        )
+        return [
+            Response(
                 text=render_completion([lists.tries.titles[title] for title in ranking.titles]),
                 n_prompt_tokens=len(asked[index]),
                 n_response_tokens=ranking.n_tokens,
                 finished=True,
                 log_probabilities=ranking.log_probabilities,
             )
-    return [responses[i] for i in range(len(prompts))]
+            for index, ranking in zip(batch, rankings, strict=True)
+        ]
+
+    return ranked
+
+
+@dataclass(frozen=True)
+class Answered:
+    """By decoding: one response a prompt in their order, and the seconds they took. ``prefill``:
+    the seconds of computing the prompts, for all decodings together; a GPU runs behind, so there
+    part of them may count as the first decoding's."""
+
+    responses: Mapping[str, list[Response]]
+    seconds: Mapping[str, float]
+    prefill: float
+
+
+def answer_in_batches(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[Sequence[int]],
+    answerers: Mapping[str, Answerer],
+    batches: FittingBatches,
+) -> Answered:
+    """Every answerer's answers. A prompt is computed once for all of them.
+
+    Prompts of similar length share a batch (left padding costs compute).
+
+    Args:
+        asked: the prompts' token ids.
+        batches: how many at once (``fitting_batches``); told of progress after each batch.
+
+    Raises:
+        OutOfMemoryError: the device cannot hold even one prompt.
+    """
+    found: dict[str, dict[int, Response]] = {name: {} for name in answerers}
+    seconds = dict.fromkeys(answerers, 0.0)
+    computing = 0.0
+
+    def run(batch: Sequence[int]) -> tuple[dict[str, list[Response]], list[float]]:
+        times = [time.monotonic()]
+        with precision(model):
+            prefilled = prefill(model, [asked[i] for i in batch], tokenizer.pad_token_id)
+            times.append(time.monotonic())
+            answers = {}
+            for name, answerer in answerers.items():
+                answers[name] = answerer(batch, prefilled)
+                times.append(time.monotonic())
+        return answers, np.diff(times).tolist()
+
+    order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
+    began, done = time.monotonic(), 0
+    for batch, (answers, (first, *spent)) in batches.map(order, run):
+        computing += first
+        for (name, own), took in zip(answers.items(), spent, strict=True):
+            found[name].update(zip(batch, own, strict=True))
+            seconds[name] += took
+        done += len(batch)
+        per_second = done / (time.monotonic() - began)
+        batches.progress(
+            ProgressEvent(
+                what=batches.what,
+                step=done,
+                total=len(order),
+                examples_per_second=per_second,
+                seconds_left=(len(order) - done) / per_second,
+            )
+        )
+    in_order = {name: [own[i] for i in range(len(asked))] for name, own in found.items()}
+    return Answered(in_order, seconds, computing)
+
+
+def generate_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    recipe: GenerationRecipe,
+    *,
+    seed: int,
+    keys: Sequence[tuple[int, int]] | None = None,
+    batches: FittingBatches | None = None,
+    progress: Progress = silent,
+) -> list[Response]:
+    """One free response per prompt, in the order of ``prompts``.
+
+    Args: as ``sampled_answers`` and ``answer_in_batches``.
+    """
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    free = sampled_answers(model, tokenizer, asked, recipe, seed=seed, keys=keys)
+    batches = batches or fitting_batches(model, recipe, "generation", progress)
+    return answer_in_batches(model, tokenizer, asked, {"free": free}, batches).responses["free"]
 
 
 def fitting_batches(
@@ -196,30 +270,3 @@ def fitting_batches(
         "prompts.template",
         progress=progress,
     )
-
-
-def _batches(
-    asked: Sequence[Sequence[int]],
-    batches: FittingBatches,
-    run: Callable[[Sequence[int]], Found],
-    what: str,
-    progress: Progress,
-) -> Iterator[tuple[Sequence[int], Found]]:
-    """(positions of prompts of similar length, what ``run`` makes of them); progress is told after
-    each batch."""
-    order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
-    started = time.monotonic()
-    done = 0
-    for batch, found in batches.map(order, run):
-        yield batch, found
-        done += len(batch)
-        per_second = done / (time.monotonic() - started)
-        progress(
-            ProgressEvent(
-                what=what,
-                step=done,
-                total=len(order),
-                examples_per_second=per_second,
-                seconds_left=(len(order) - done) / per_second,
-            )
-        )

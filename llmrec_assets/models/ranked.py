@@ -22,12 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.constrained import require_films
-from llmrec_assets.models.fast_layers import last_positions
-from llmrec_assets.models.sampling import CACHE, RoomyLayer
+from llmrec_assets.models.prefill import CACHE, Prefill, prefill
 from llmrec_assets.models.trie import CatalogueTries, Trie
 
 
@@ -52,6 +50,7 @@ def rank_titles(
     beams: int,
     pad: int,
     renormalised: bool = False,
+    prefilled: Prefill | None = None,
 ) -> list[Ranking]:
     """The k most probable open titles of each prompt, of distinct films.
 
@@ -68,6 +67,7 @@ def rank_titles(
         pad: any token id; what it says is masked.
         renormalised: compare by log-probabilities renormalised over what the trie allows; for the
             comparison of the two only.
+        prefilled: these prompts, where another decoding has computed them.
 
     Raises:
         ValueError: the model is in training mode, or there are fewer beams than k.
@@ -82,20 +82,11 @@ def rank_titles(
     if not prompts:
         return []
     searches = [_Search(tries, open_, beams) for open_ in open_titles]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = np.array([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    lengths = mask.sum(axis=1)
-    tokens = torch.from_numpy(mask.astype(np.int64)).to(model.device)
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    logits = model(
-        input_ids=ids,
-        attention_mask=tokens,
-        position_ids=(tokens.cumsum(dim=-1) - 1).clamp(min=0),
-        **{CACHE: cache},
-        use_cache=True,
-        logits_to_keep=last_positions(1),
-    ).logits
+    begun = prefilled or prefill(model, prompts, pad)
+    cache, logits = begun.cache(), begun.logits[:, None]
+    mask = begun.mask.bool().cpu().numpy()
+    del begun  # unless the caller keeps them, the prompts' own cache goes as this one grows
+    lengths, width = mask.sum(axis=1), mask.shape[1]
 
     live = list(range(len(prompts)))  # the prompt of each row of the batch
     visible = np.zeros((len(live), 1, 0), dtype=bool)  # which tree positions a hypothesis sees

@@ -13,7 +13,6 @@ bfloat16 some do (``bench/sampling_batch_size.py`` counts them).
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +20,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
-from transformers.cache_utils import Cache, DynamicLayer
 
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.models.fast_layers import last_positions
 from llmrec_assets.models.memory import FittingBatches
+from llmrec_assets.models.prefill import CACHE, Prefill, prefill
 
-#: What a forward pass calls its cache: transformers 5.24 renamed it, 5.40 forgets the old name.
-_NAMES = inspect.signature(LlamaForCausalLM.forward).parameters
-CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 #: Tokens whose weights are summed at once in a draw.
 _SECTION = 512
-#: Tokens of room that the cache takes at a time.
-_ROOM = 32
 
 
 @dataclass(frozen=True)
@@ -168,6 +161,7 @@ def sample_tokens(
     stops: Sequence[int],
     pad: int,
     constraint: Constraint | None = None,
+    prefilled: Prefill | None = None,
 ) -> list[list[Sample]]:
     """Samples each prompt once per stream. The prompt itself is computed once.
 
@@ -178,6 +172,7 @@ def sample_tokens(
         stops: token ids that end an answer.
         pad: any token id; what it says is masked.
         constraint: what may follow; None: anything.
+        prefilled: these prompts, where another decoding has computed them.
 
     Returns:
         Per prompt its samples, in the order of its streams.
@@ -193,25 +188,9 @@ def sample_tokens(
     if not prompt_of:
         return [[] for _ in prompts]
     keys = np.array([key for keys in streams for key in keys], dtype=np.uint64)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-
-    def forward(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            **{CACHE: cache},
-            use_cache=True,
-            logits_to_keep=last_positions(1),
-        )
-        return output.logits[:, -1]
-
-    logits = forward(ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
+    begun = prefilled or prefill(model, prompts, pad)
+    cache, mask, logits = begun.cache(), begun.mask, begun.logits
+    del begun  # unless the caller keeps them, the prompts' own cache goes as this one grows
     if prompt_of != list(range(len(prompts))):
         index = torch.tensor(prompt_of, device=model.device)
         cache.batch_select_indices(index)
@@ -252,7 +231,14 @@ def sample_tokens(
             mask, positions, drawn = mask[index], positions[index], drawn[index]
             rows, live = rows[live], live[live]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
-        logits = forward(drawn[:, None], mask, positions)
+        logits = model(
+            input_ids=drawn[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            **{CACHE: cache},
+            use_cache=True,
+            logits_to_keep=last_positions(1),
+        ).logits[:, -1]
         positions = positions + 1
 
     samples = iter(map(Sample, tokens, stopped))
@@ -292,44 +278,3 @@ def sample_rows(
     drawn = [sample for _, found in rows.map(asked, run) for samples in found for sample in samples]
     samples = iter(drawn)
     return [[next(samples) for _ in keys] for keys in streams]
-
-
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room ahead. ``DynamicLayer`` copies the whole layer for every token, half
-    of a float32 step (SmolLM2's shape, 80 rows of 300 tokens, one core, measured)."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    _keys: torch.Tensor  # with room; ``keys`` and ``values`` are views of what is filled
-    _values: torch.Tensor
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [rows, heads, new, size] keys and values; returns all of them, as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        if start == 0 or self._keys.shape[2] < end:
-            # Beams bring many positions a step: room for several steps of as many.
-            room = max(_ROOM, 4 * key_states.shape[2] if start else 0)
-            self._keys = self._moved(self.keys, key_states, start, end + room)
-            self._values = self._moved(self.values, value_states, start, end + room)
-        self._keys[:, :, start:end] = key_states
-        self._values[:, :, start:end] = value_states
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows, or repeats them."""
-        length = self.get_seq_length()
-        self._keys, self._values = self._keys[indices], self._values[indices]
-        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
-
-    @staticmethod
-    def _moved(held: torch.Tensor, like: torch.Tensor, length: int, size: int) -> torch.Tensor:
-        room = like.new_empty(like.shape[0], like.shape[1], size, like.shape[3])
-        if length:
-            room[:, :, :length] = held
-        return room

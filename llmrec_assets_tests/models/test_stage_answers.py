@@ -13,9 +13,11 @@ from llmrec_assets.ground.answers import answer_versions, ground_responses
 from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.ground.recipes import BaseModelRecipe, GenerationRecipe, GroundingRecipe
 from llmrec_assets.ground.recommender import Candidates
+from llmrec_assets.models import generation
 from llmrec_assets.models.answers import Answers, answer_test_prompts
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.device import Device
+from llmrec_assets.models.prefill import prefill
 
 TINY = BaseModelRecipe(source="tiny", name="tiny", dtype="float32", label="tiny", seed=4)
 RECIPE = GenerationRecipe(
@@ -109,13 +111,24 @@ def test_each_decoding_answers_each_test_window(base_dir, device, tables) -> Non
     assert not found["is_duplicate"].any() and not found["is_seen"].any()
 
 
-def test_free_answers_are_those_of_a_recipe_that_asks_for_nothing_else(
-    base_dir, device, tables
+@pytest.mark.parametrize("decoding", RECIPE.decodings)
+def test_answers_are_those_of_a_recipe_that_asks_for_nothing_else(
+    base_dir, device, tables, decoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = RECIPE.model_copy(update={"decodings": ("free",), "beams": 9})
+    """Whatever other decodings go on from the same computed prompts, before or after."""
+    computed = []
+
+    def count(model, prompts, pad):
+        computed.append(len(prompts))
+        return prefill(model, prompts, pad)
+
+    monkeypatch.setattr(generation, "prefill", count)
+    kept = {} if decoding == "ranked" else {"beams": 9}
+    alone = RECIPE.model_copy(update={"decodings": (decoding,), **kept})
     one = _answers(base_dir, device, tables, alone).frame
     other = _answers(base_dir, device, tables).frame
-    assert one.equals(other[other["decoding"] == "free"].reset_index(drop=True))
+    assert one.equals(other[other["decoding"] == decoding].reset_index(drop=True))
+    assert computed == [2, 2]  # both prompts at once, for one decoding and for three
 
 
 HYBRID = RECIPE.model_copy(update={"candidates": "ease", "decodings": ("free", "ranked")})
