@@ -3,7 +3,7 @@
 EASE, told what the prompt shows, proposes films for every validation and test window. They are
 ordered by the sum of EASE's score, a weight times the model's log P(title | prompt) and a weight
 times the logarithm of the film's popularity, each standardised over the window's candidates. The
-weights are chosen on validation users; of a run's test users only the orders that won are scored.
+weights are chosen on validation users; test users are scored by the orders of the table alone.
 The order without the model has the same grid for popularity: the difference is the model's.
 
 Every test user is asked, also where the recipe bounds them in the metric table.
@@ -36,7 +36,7 @@ from llmrec_assets.models.chat import prompt_ids
 from llmrec_assets.models.classical import LensKitScorer, ScoredRecommender, component
 from llmrec_assets.models.classical_lists import Tables
 from llmrec_assets.models.device import pick_device, usable_dtype
-from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.loading import load_policy, precision
 from llmrec_assets.models.packed import pack
 from llmrec_assets.models.ranked import rank_titles
 from llmrec_assets.models.trie import catalogue_tries
@@ -97,7 +97,7 @@ def main() -> None:
     adapters = [] if arguments.base else [store.checkpoint("sft_checkpoint", partition)]
     stage = "base" if arguments.base else "sft"
     problems = policy_problems(stage, base, adapters, partition, prompts.version)
-    told = prompts.frame.merge(splits, on="user_id", suffixes=("", "_now"))
+    told = prompts.frame.merge(splits, how="left", on="user_id", suffixes=("", "_now"))
     if (told["split"] != told["split_now"]).any():
         problems.append("prompts are of another split than user_splits: materialize them again")
     if problems:
@@ -244,15 +244,16 @@ def log_probabilities(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         titles = [tries.open_titles(windows[i].hidden, frozenset(films[i].tolist())) for i in batch]
-        rankings = rank_titles(
-            model,
-            [tokens[i] for i in batch],
-            [f"user {windows[i].user_id}" for i in batch],
-            titles,
-            tries,
-            beams=max(films.shape[1], *(int(own.sum()) for own in titles)),  # none is left out
-            pad=tokenizer.pad_token_id,
-        )
+        with precision(model):
+            rankings = rank_titles(
+                model,
+                [tokens[i] for i in batch],
+                [f"user {windows[i].user_id}" for i in batch],
+                titles,
+                tries,
+                beams=max(films.shape[1], *(int(own.sum()) for own in titles)),  # none is left out
+                pad=tokenizer.pad_token_id,
+            )
         for i, ranking in zip(batch, rankings, strict=True):
             of_film = dict(
                 zip(tries.films[list(ranking.titles)], ranking.log_probabilities, strict=True)

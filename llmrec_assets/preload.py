@@ -14,9 +14,7 @@ from llmrec_assets.ground import surroundings
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Dagster sets a step's own handler
 # Steps run the code that is loaded here, whatever is committed or installed meanwhile.
-surroundings.load_ground()
-surroundings.commit()
-surroundings.library_versions()
+surroundings.hold()
 defs.get_repository_def().load_all_definitions()
 # Dagster imports its storages when an instance is opened, 400 modules. This one is closed again: no
 # connection is inherited. Without a DAGSTER_HOME steps import them for themselves.

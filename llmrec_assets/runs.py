@@ -169,7 +169,7 @@ def _run(
     run_config = _config(job, force=force, seed=seed, selection=selection)
     if config is not None:
         run_config["ops"] = {name: {"config": values} for name, values in config.items()}
-    surroundings.load_ground()
+    surroundings.hold()
     try:
         with burying_dead_runs(instance):
             result = job.execute_in_process(

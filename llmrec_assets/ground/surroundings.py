@@ -1,7 +1,8 @@
 """What this process runs on: commit, library versions, machine.
 
-What belongs here: facts that decide which bits come out, asked of the running process. What does
-not: writing them down (``provenance``). Neither host names nor paths are told.
+What belongs here: facts that decide which bits come out, asked of the running process, and holding
+it to them. What does not: writing them down (``provenance``). Neither host names nor paths are
+told.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tomllib
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -43,10 +45,17 @@ def commit() -> str | None:
     return told.stdout.strip() or None
 
 
-def load_ground() -> None:
-    """Imports every module of this floor, most of which the definitions do without: what a long run
-    reaches late is then the code that ``commit`` tells, too."""
-    for module in pkgutil.iter_modules(ground.__path__, f"{ground.__name__}."):
+def hold() -> None:
+    """Imports every module of this floor, most of which the definitions do without, and asks for
+    commit and versions: what a long run reaches late is then the code that they tell, too."""
+    import_all(ground)
+    commit()
+    library_versions()
+
+
+def import_all(package: ModuleType) -> None:
+    """Imports every module of a package that can be imported."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         # The step that needs what cannot be imported says so; others need not fail with it.
         with contextlib.suppress(Exception):
             importlib.import_module(module.name)

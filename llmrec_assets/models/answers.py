@@ -160,13 +160,13 @@ def answer_prompts(
 
     answerers = {decoding: answerer(decoding) for decoding in recipe.rows}
     batches = fitting_batches(model, recipe, f"{stage} responses", progress)
-    answered = answer_in_batches(model, tokenizer, asked, answerers, batches)
+    answers, seconds = answer_in_batches(model, tokenizer, asked, answerers, batches)
     n_prompts = max(len(asked), 1)
 
     frames: list[pd.DataFrame] = []
     scores: list[tuple[float, ...]] = []
-    costs: dict[str, float] = {"prefill_seconds_per_prompt": round(answered.prefill / n_prompts, 3)}
-    for decoding, responses in answered.responses.items():
+    costs = {f"{name}_seconds_per_prompt": round(s / n_prompts, 3) for name, s in seconds.items()}
+    for decoding, responses in answers.items():
         frame = prompts[WINDOW_KEY].reset_index(drop=True)
         frame["stage"] = stage
         frame["decoding"] = decoding
@@ -181,7 +181,6 @@ def answer_prompts(
         scores += [r.log_probabilities for r in responses]
         n_tokens = int(frame["n_response_tokens"].sum())
         costs |= {
-            f"{decoding}_seconds_per_prompt": round(answered.seconds[decoding] / n_prompts, 3),
             f"{decoding}_tokens_per_prompt": round(n_tokens / n_prompts, 1),
             f"{decoding}_share_finished": float(frame["finished"].mean()) if len(frame) else 0.0,
         }

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmrec_assets.ground.completions import render_completion
 from llmrec_assets.ground.recipes import GenerationRecipe
-from llmrec_assets.models.chat import prompt_ids, stop_ids
+from llmrec_assets.models.chat import stop_ids
 from llmrec_assets.models.constrained import CatalogueConstraint, ListGrammar
 from llmrec_assets.models.loading import precision
 from llmrec_assets.models.memory import FittingBatches
@@ -55,7 +56,7 @@ class Response:
     log_probabilities: tuple[float, ...] = ()
 
 
-#: Answers the prompts at these positions, which have been computed.
+#: Answers the prompts at these positions, which have been computed; called under ``precision``.
 Answerer = Callable[[Sequence[int], Prefill], list[Response]]
 
 
@@ -66,7 +67,7 @@ def sampled_answers(
     recipe: GenerationRecipe,
     *,
     seed: int,
-    keys: Sequence[tuple[int, int]] | None = None,
+    keys: Sequence[tuple[int, int]],
     lists: Lists | None = None,
 ) -> Answerer:
     """Sampled text, one answer a prompt.
@@ -77,15 +78,13 @@ def sampled_answers(
 
     Args:
         asked: the prompts' token ids.
-        keys: (user, window) of each prompt; by default its position.
+        keys: (user, window) of each prompt.
         lists: constrains every response to a list of distinct open titles, drawn as the recipe
             says but for ``max_new_tokens``: no list is cut. None: free text.
 
     Raises:
         ModelError: a prompt has too few open titles.
     """
-    if keys is None:
-        keys = [(position, 0) for position in range(len(asked))]
     streams = [[stream(seed, "response", *key)] for key in keys]
     stops = stop_ids(tokenizer, model)
     decoding = Decoding(
@@ -140,6 +139,8 @@ def ranked_answers(
     Args:
         asked: the prompts' token ids.
         exact: a beam for every open title, for where few are; else the recipe's ``beams``.
+
+    An answer raises ModelError where a prompt has too few open titles.
     """
 
     def ranked(batch: Sequence[int], prefilled: Prefill) -> list[Response]:
@@ -170,15 +171,8 @@ def ranked_answers(
     return ranked
 
 
-@dataclass(frozen=True)
-class Answered:
-    """By decoding: one response a prompt in their order, and the seconds they took. ``prefill``:
-    the seconds of computing the prompts, for all decodings together; a GPU runs behind, so there
-    part of them may count as the first decoding's."""
-
-    responses: Mapping[str, list[Response]]
-    seconds: Mapping[str, float]
-    prefill: float
+#: Name of the seconds that computing the prompts took, for all decodings together.
+PREFILL = "prefill"
 
 
 def answer_in_batches(
@@ -187,26 +181,31 @@ def answer_in_batches(
     asked: Sequence[Sequence[int]],
     answerers: Mapping[str, Answerer],
     batches: FittingBatches,
-) -> Answered:
+) -> tuple[dict[str, list[Response]], dict[str, float]]:
     """Every answerer's answers. A prompt is computed once for all of them.
 
     Prompts of similar length share a batch (left padding costs compute).
 
     Args:
         asked: the prompts' token ids.
+        answerers: by decoding.
         batches: how many at once (``fitting_batches``); told of progress after each batch.
+
+    Returns:
+        By decoding one response a prompt, in their order, and seconds; also those of ``PREFILL``.
 
     Raises:
         OutOfMemoryError: the device cannot hold even one prompt.
     """
     found: dict[str, dict[int, Response]] = {name: {} for name in answerers}
-    seconds = dict.fromkeys(answerers, 0.0)
-    computing = 0.0
+    seconds = dict.fromkeys([PREFILL, *answerers], 0.0)
 
     def run(batch: Sequence[int]) -> tuple[dict[str, list[Response]], list[float]]:
         times = [time.monotonic()]
         with precision(model):
             prefilled = prefill(model, [asked[i] for i in batch], tokenizer.pad_token_id)
+            if model.device.type == "cuda":  # it runs behind: whose seconds are they?
+                torch.cuda.synchronize(model.device)
             times.append(time.monotonic())
             answers = {}
             for name, answerer in answerers.items():
@@ -216,10 +215,10 @@ def answer_in_batches(
 
     order = sorted(range(len(asked)), key=lambda i: (len(asked[i]), i))
     began, done = time.monotonic(), 0
-    for batch, (answers, (first, *spent)) in batches.map(order, run):
-        computing += first
-        for (name, own), took in zip(answers.items(), spent, strict=True):
+    for batch, (answers, spent) in batches.map(order, run):
+        for name, own in answers.items():
             found[name].update(zip(batch, own, strict=True))
+        for name, took in zip(seconds, spent, strict=True):
             seconds[name] += took
         done += len(batch)
         per_second = done / (time.monotonic() - began)
@@ -232,29 +231,7 @@ def answer_in_batches(
                 seconds_left=(len(order) - done) / per_second,
             )
         )
-    in_order = {name: [own[i] for i in range(len(asked))] for name, own in found.items()}
-    return Answered(in_order, seconds, computing)
-
-
-def generate_responses(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    recipe: GenerationRecipe,
-    *,
-    seed: int,
-    keys: Sequence[tuple[int, int]] | None = None,
-    batches: FittingBatches | None = None,
-    progress: Progress = silent,
-) -> list[Response]:
-    """One free response per prompt, in the order of ``prompts``.
-
-    Args: as ``sampled_answers`` and ``answer_in_batches``.
-    """
-    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    free = sampled_answers(model, tokenizer, asked, recipe, seed=seed, keys=keys)
-    batches = batches or fitting_batches(model, recipe, "generation", progress)
-    return answer_in_batches(model, tokenizer, asked, {"free": free}, batches).responses["free"]
+    return {name: [own[i] for i in range(len(asked))] for name, own in found.items()}, seconds
 
 
 def fitting_batches(

@@ -36,9 +36,15 @@ class Prefill:
     logits: torch.Tensor
     _layers: Sequence[RoomyLayer]
 
-    def cache(self) -> Cache:
-        """A cache that begins with the prompts. It shares their memory until it grows, and changes
-        nothing in it."""
+    def cache_for(self, prompts: Sequence[Sequence[int]]) -> Cache:
+        """A cache that begins with the prompts, which must be these. It shares their memory until
+        it grows, and changes nothing in it.
+
+        Raises:
+            ValueError: they are not as many or not as long.
+        """
+        if [len(p) for p in prompts] != self.mask.sum(dim=-1).tolist():
+            raise ValueError("these are not the prompts that were computed")
         return Cache(layers=[layer.forked() for layer in self._layers])
 
 
@@ -71,12 +77,17 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> Prefill:
 class RoomyLayer(DynamicLayer):
     """A cache layer with room ahead, once it has grown. ``DynamicLayer`` copies the whole layer for
     every token, half of a float32 step (SmolLM2's shape, 80 rows of 300 tokens, one core,
-    measured)."""
+    measured).
+
+    It grows, keeps or repeats rows, and is forked; what else ``DynamicLayer`` offers knows nothing
+    of the room.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
-    _keys: torch.Tensor  # with room; ``keys`` and ``values`` are views of what is filled
-    _values: torch.Tensor
+    #: With room; ``keys`` and ``values`` are views of what is filled. None: they are another's.
+    _keys: torch.Tensor | None = None
+    _values: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -86,31 +97,39 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if start == 0 or self._keys.shape[2] < end:
+        keys, values = self._keys, self._values
+        if keys is None or values is None or keys.shape[2] < end:
             # A prompt takes no room: what follows it moves it, perhaps several times over. Beams
             # bring many positions a step: room for several steps of as many.
             room = max(_ROOM, 4 * key_states.shape[2]) if start else 0
-            self._keys = self._moved(self.keys, key_states, start, end + room)
-            self._values = self._moved(self.values, value_states, start, end + room)
-        self._keys[:, :, start:end] = key_states
-        self._values[:, :, start:end] = value_states
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
-        return self.keys, self.values
+            keys = self._moved(self.keys, key_states, start, end + room)
+            values = self._moved(self.values, value_states, start, end + room)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        return self._hold(keys, values, end)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows, or repeats them."""
+        """Keeps these rows, or repeats them; with room, since something follows."""
         length = self.get_seq_length()
-        self._keys, self._values = self._keys[indices], self._values[indices]
-        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+        size = (len(indices), self.keys.shape[1], length + _ROOM, self.keys.shape[3])
+        keys, values = self.keys.new_empty(size), self.values.new_empty(size)
+        torch.index_select(self.keys, 0, indices, out=keys[:, :, :length])
+        torch.index_select(self.values, 0, indices, out=values[:, :, :length])
+        self._hold(keys, values, length)
 
     def forked(self) -> RoomyLayer:
-        """A layer that begins with what this one holds. Without room of its own it moves before it
-        writes."""
+        """A layer that begins with what this one holds, and moves before it writes."""
         other = RoomyLayer()
         other.lazy_initialization(self.keys, self.values)
-        other.keys = other._keys = self.keys
-        other.values = other._values = self.values
+        other.keys, other.values = self.keys, self.values
         return other
+
+    def _hold(
+        self, keys: torch.Tensor, values: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._keys, self._values = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
 
     @staticmethod
     def _moved(held: torch.Tensor, like: torch.Tensor, length: int, size: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ def rank_titles(
         return []
     searches = [_Search(tries, open_, beams) for open_ in open_titles]
     begun = prefilled or prefill(model, prompts, pad)
-    cache, logits = begun.cache(), begun.logits[:, None]
+    cache, logits = begun.cache_for(prompts), begun.logits[:, None]
     mask = begun.mask.bool().cpu().numpy()
     del begun  # unless the caller keeps them, the prompts' own cache goes as this one grows
     lengths, width = mask.sum(axis=1), mask.shape[1]

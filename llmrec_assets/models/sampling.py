@@ -1,8 +1,8 @@
 """The token loop: prompts in, sampled tokens out, with noise that is named, not drawn.
 
 What belongs here: the noise, the distribution a token is drawn from, and one decode loop that
-sampled responses, test responses and PPO's rollouts share. What does not: texts and their
-repeats (``sampled``, ``generation``), recipes.
+sampled responses, test responses and PPO's rollouts share. What does not: computing the prompts
+(``prefill``), texts and their repeats (``sampled``, ``generation``), recipes.
 
 The noise of a sample is a function of its stream's key and the token's position alone, so neither
 the batch nor its order matters. What is left of the batch is the rounding of the logits: in float32
@@ -163,7 +163,7 @@ def sample_tokens(
     constraint: Constraint | None = None,
     prefilled: Prefill | None = None,
 ) -> list[list[Sample]]:
-    """Samples each prompt once per stream. The prompt itself is computed once.
+    """Samples each prompt once per stream. The prompt itself is computed once, or was before.
 
     Args:
         model: a causal language model of the Llama family in eval mode, with or without peft.
@@ -189,7 +189,7 @@ def sample_tokens(
         return [[] for _ in prompts]
     keys = np.array([key for keys in streams for key in keys], dtype=np.uint64)
     begun = prefilled or prefill(model, prompts, pad)
-    cache, mask, logits = begun.cache(), begun.mask, begun.logits
+    cache, mask, logits = begun.cache_for(prompts), begun.mask, begun.logits
     del begun  # unless the caller keeps them, the prompts' own cache goes as this one grows
     if prompt_of != list(range(len(prompts))):
         index = torch.tensor(prompt_of, device=model.device)

@@ -23,8 +23,8 @@ from llmrec_assets.orchestration.resources import GPU_POOL
 DEFINITIONS = "llmrec_assets.preload"
 #: and what models need, before a run that trains or answers, where forking is safe with it.
 MODELS = "llmrec_assets.preload_models"
-#: Steps that need them without the device: LensKit imports PyTorch.
-_FITTING = {"baseline_recommendations", "leave_last_out"}
+#: Steps beside others that need them without the device: LensKit imports PyTorch.
+FITTING = ("baseline_recommendations", "leave_last_out")
 #: Longest name of a directory for temporary files in which the server's socket has a place.
 _LONGEST = 70
 
@@ -35,8 +35,8 @@ def forks() -> bool:
 
 
 def uses_models(job: dg.JobDefinition) -> bool:
-    """Whether a step of the job, of those selected, trains, answers or fits."""
-    return any(GPU_POOL in node.definition.pools or node.name in _FITTING for node in job.nodes)
+    """Whether a step of the job, of those selected, takes the device's place or fits."""
+    return any(GPU_POOL in node.definition.pools or node.name in FITTING for node in job.nodes)
 
 
 def preloaded(with_models: bool) -> list[str]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from free_text import generate_responses
 
 from llmrec_assets.ground.recipes import BaseModelRecipe, GenerationRecipe
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.chat import prompt_ids
-from llmrec_assets.models.generation import generate_responses
 from llmrec_assets.models.loading import load_policy
 
 TINY = BaseModelRecipe(source="tiny", name="tiny", dtype="float32", label="tiny", seed=4)

@@ -14,13 +14,14 @@ import test_reward
 import test_sampled
 import test_sft
 import torch
+from free_text import generate_responses
 from ppo_cases import CPU, LORA, PROMPTS, TINY, Scripted, random_adapter
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from llmrec_assets.ground.recipes import GenerationRecipe, RlhfRecipe
 from llmrec_assets.models.base import prepare_base_model
-from llmrec_assets.models.generation import fitting_batches, generate_responses
+from llmrec_assets.models.generation import fitting_batches
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.memory import (
     FittingBatches,

@@ -9,6 +9,7 @@ from llmrec_assets.ground.errors import ModelError
 from llmrec_assets.ground.recipes import BaseModelRecipe
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.loading import load_policy
+from llmrec_assets.models.prefill import prefill
 from llmrec_assets.models.sampling import (
     Decoding,
     Sample,
@@ -270,3 +271,30 @@ def test_logits_that_are_not_numbers_say_so(model) -> None:
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(ModelError, match="not numbers"):
         _sample(model, _prompts(1), _streams(1, 1))
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_computed_prompts_give_the_same_samples_and_stay_as_they_are(model, each: int) -> None:
+    """Longer than the room of a cache, with rows that end and with several samples a prompt."""
+    prompts, streams = _prompts(5), _streams(5, each)
+    long = Decoding(max_new_tokens=80)
+    expected = _sample(model, prompts, streams, long, STOPS)
+    computed = prefill(model, prompts, pad=2)
+    held = [(layer.keys.clone(), layer.values.clone()) for layer in computed._layers]
+    logits, mask = computed.logits.clone(), computed.mask.clone()
+    for stops in (STOPS, (), STOPS):
+        found = sample_tokens(model, prompts, streams, long, stops=stops, pad=2, prefilled=computed)
+        assert (found == expected) == (len(stops) > 0)
+        for layer, (keys, values) in zip(computed._layers, held, strict=True):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+        assert torch.equal(computed.logits, logits) and torch.equal(computed.mask, mask)
+
+
+def test_prompts_that_were_not_computed_are_refused(model) -> None:
+    prompts, streams = _prompts(2), _streams(2, 1)
+    computed = prefill(model, prompts, pad=2)
+    for others in (prompts[:1], [prompts[0], prompts[1][:-1]]):
+        with pytest.raises(ValueError, match="not the prompts"):
+            sample_tokens(
+                model, others, streams[: len(others)], NO_STOP, stops=(), pad=2, prefilled=computed
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from free_text import generate_responses
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -17,7 +18,6 @@ from llmrec_assets.ground.errors import DataError, RecipeError
 from llmrec_assets.ground.recipes import BaseModelRecipe, LoraRecipe, SftRecipe
 from llmrec_assets.models.base import prepare_base_model
 from llmrec_assets.models.device import Device
-from llmrec_assets.models.generation import generate_responses
 from llmrec_assets.models.loading import load_policy
 from llmrec_assets.models.sft import tokenize_examples, train_sft
 from llmrec_assets.models.training import last_complete_checkpoint

@@ -100,8 +100,10 @@ def test_each_decoding_answers_each_test_window(base_dir, device, tables) -> Non
         titles = json.loads(text)
         assert len(set(titles)) == K
         assert not set(titles) & (set(TITLES[:2]) if user == 7 else set())
-    for decoding in RECIPE.decodings:
+    assert "prompts_at_once" not in answers.facts
+    for decoding in ("prefill", *RECIPE.decodings):
         assert answers.facts[f"{decoding}_seconds_per_prompt"] >= 0
+    for decoding in RECIPE.decodings:
         assert answers.facts[f"{decoding}_tokens_per_prompt"] > 0
     slots = ground_responses(
         frame, tables["prompts"], tables["ratings"], tables["movies"], GroundingRecipe(), K

@@ -140,7 +140,7 @@ def test_what_a_run_asks_for_is_kept(asked: dict, start_method: str | None) -> N
         ("recommender", None, "2.13.0+cpu", True),
         ("supervised", None, "2.13.0+cpu", True),
         ("recommender", ["sft_checkpoint", "prompts"], "2.13.0+cpu", True),
-        ("recommender", ["baseline_recommendations"], "2.13.0+cpu", True),
+        *(("recommender", [name], "2.13.0+cpu", True) for name in executor.FITTING),
         ("recommender", ["prompts", "metric_table"], "2.13.0+cpu", False),
         ("evaluation", None, "2.13.0+cpu", False),
         ("source_data", None, "2.13.0+cpu", False),
