@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -157,6 +157,7 @@ def asked_of(
     raters = tables.events().drop_duplicates(["user_id", "film"])["film"].value_counts().to_dict()
     popularity = np.log1p([raters.get(film, 0) for film in catalogue])
     film_of = canonical_ids(tables.movies)
+    read_titles = title_reader(base, adapters, recipe, tables.movies, length)
     found = {}
     for split in ("validation", "test"):
         rows = prompts[prompts["split"] == split].sort_values(["user_id", "window_index"])
@@ -180,7 +181,7 @@ def asked_of(
         if not np.isfinite(of_ease).all():
             raise SystemExit(f"EASE has a score of fewer than {length} films for some window")
         texts = rows["prompt"].tolist()
-        of_model = log_probabilities(base, adapters, recipe, texts, windows, tables.movies, films)
+        of_model = read_titles(texts, windows, films)
         truths = [
             frozenset(film_of.get(int(i), int(i)) for i in ids)
             for ids in rows["ground_truth_movie_ids"]
@@ -222,45 +223,47 @@ def tuned_ease(tables: Tables, recipe: Recipe) -> tuple[LensKitScorer, Ids, dict
     return best[1], np.array(catalogue), best[2]
 
 
-def log_probabilities(
-    base: Path,
-    adapters: Sequence[Path],
-    recipe: Recipe,
-    prompts: Sequence[str],
-    windows: Sequence[Window],
-    movies: pd.DataFrame,
-    films: Ids,
-) -> Floats:
-    """The model's log P(title | prompt) of every candidate, [windows, length]."""
+def title_reader(
+    base: Path, adapters: Sequence[Path], recipe: Recipe, movies: pd.DataFrame, length: int
+) -> Callable[[Sequence[str], Sequence[Window], Ids], Floats]:
+    """Loads the model; gives its log P(title | prompt) of every candidate, [windows, length]."""
     device = pick_device()
     dtype = usable_dtype(device, recipe.generation.dtype)
     model, tokenizer = load_policy(base, adapters, dtype=dtype, device=device.torch)
     pack(model)
-    tries = catalogue_tries(tokenizer, movies, films.shape[1])
-    tokens = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(windows)), key=lambda i: len(tokens[i]))
-    found = np.empty(films.shape)
-    began, size = time.monotonic(), recipe.generation.batch_size
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        titles = [tries.open_titles(windows[i].hidden, frozenset(films[i].tolist())) for i in batch]
-        with precision(model):
-            rankings = rank_titles(
-                model,
-                [tokens[i] for i in batch],
-                [f"user {windows[i].user_id}" for i in batch],
-                titles,
-                tries,
-                beams=max(films.shape[1], *(int(own.sum()) for own in titles)),  # none is left out
-                pad=tokenizer.pad_token_id,
+    tries = catalogue_tries(tokenizer, movies, length)
+
+    def read(prompts: Sequence[str], windows: Sequence[Window], films: Ids) -> Floats:
+        tokens = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+        order = sorted(range(len(windows)), key=lambda i: len(tokens[i]))
+        found = np.empty(films.shape)
+        began, size = time.monotonic(), recipe.generation.batch_size
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            titles = [
+                tries.open_titles(windows[i].hidden, frozenset(films[i].tolist())) for i in batch
+            ]
+            with precision(model):
+                rankings = rank_titles(
+                    model,
+                    [tokens[i] for i in batch],
+                    [f"user {windows[i].user_id}" for i in batch],
+                    titles,
+                    tries,
+                    beams=max(length, *(int(own.sum()) for own in titles)),  # none is left out
+                    pad=tokenizer.pad_token_id,
+                )
+            for i, ranking in zip(batch, rankings, strict=True):
+                of_film = dict(
+                    zip(tries.films[list(ranking.titles)], ranking.log_probabilities, strict=True)
+                )
+                found[i] = [of_film[film] for film in films[i]]
+            print(
+                f"{start + len(batch)}/{len(order)}, {time.monotonic() - began:.0f} s", flush=True
             )
-        for i, ranking in zip(batch, rankings, strict=True):
-            of_film = dict(
-                zip(tries.films[list(ranking.titles)], ranking.log_probabilities, strict=True)
-            )
-            found[i] = [of_film[film] for film in films[i]]
-        print(f"{start + len(batch)}/{len(order)}, {time.monotonic() - began:.0f} s", flush=True)
-    return found
+        return found
+
+    return read
 
 
 if __name__ == "__main__":

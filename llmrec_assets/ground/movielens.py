@@ -1,6 +1,6 @@
 """Reads the two MovieLens formats: files in, frames with the declared columns out.
 
-What belongs here: what the files of ML-100K and ML-1M look like, their codes, and saying exactly
+What belongs here: what stands in the files of ML-100K and ML-1M, their codes, and saying exactly
 which row of which file cannot be used. What does not: where the files come from (``sources``),
 how text becomes fields (``text_rows``), where a ZIP code lies (``places``), what the tables'
 columns mean (``schemas``).
